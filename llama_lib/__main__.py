@@ -1,0 +1,47 @@
+"""`python -m llama_lib COMMAND`: finds the command's function and runs it.
+
+Invariant: a command's module is imported when the command runs, never for a list or a help page.
+"""
+
+import difflib
+import importlib
+
+from llama_lib.cli import run
+from llama_lib.errors import UserError
+
+# name: (module:function taking the arguments, what it does)
+COMMANDS = {
+    "tokenizer": ("llama_lib.data.tokenizer:main", "train a tokenizer on text"),
+    "prepare": ("llama_lib.data.prepare:main", "tokenise text into a prepared dataset"),
+    "inspect": ("llama_lib.data.inspect:main", "show a prepared dataset"),
+    "verify": ("llama_lib.checkpoint.verify:main", "check a checkpoint's files, names and shapes"),
+    "generate": ("llama_lib.evaluate:generate_main", "continue a prompt with a checkpoint"),
+    "evaluate": ("llama_lib.evaluate:evaluate_main", "loss of a checkpoint on held-out text"),
+}
+
+
+def help_text() -> str:
+    lines = ["usage: python -m llama_lib COMMAND [options]", ""]
+    lines += [f"  {name:<12}{meaning}" for name, (_, meaning) in COMMANDS.items()]
+    return "\n".join([*lines, "", "python -m llama_lib COMMAND --help shows a command's options."])
+
+
+def main(argv: list[str]) -> int | None:
+    if argv[:1] in (["-h"], ["--help"]):
+        print(help_text())
+        return 0
+    if not argv:
+        raise UserError(f"no command given\n{help_text()}")
+    name, *rest = argv
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"unknown command: got {name!r}, expected one of {', '.join(COMMANDS)}{hint}"
+        )
+    module, function = COMMANDS[name][0].split(":")
+    return getattr(importlib.import_module(module), function)(rest)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,271 @@
+"""Every option of the scripts: the dataclass tree behind flags, YAML keys, help and tables.
+
+Invariant: field name = flag = YAML key, unique across sections, with one meaning in all scripts.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama_lib import option_pages, spec_file
+from llama_lib.errors import UserError
+from llama_lib.option_readers import (
+    FRACTION,
+    NOT_NEGATIVE,
+    PART,
+    PATH,
+    POSITIVE,
+    STEP_RANGE,
+    SWITCH,
+    TEXT,
+    TOKENS,
+    choice,
+    integer,
+)
+from llama_lib.options import declared, option, read
+
+SCRIPTS = {
+    "pretrain": "Pre-train a Llama on text, from scratch or from given weights.",
+    "finetune": "Fine-tune a Llama on instructions.",
+}
+PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "hybrid_parallel")
+PRECISIONS = ("fp16", "bf16", "fp32")
+
+# Spellings of the upstream scripts, the last one as misspelt there.
+DEPRECATED = {
+    "grad_checkpoint": "gradient_checkpoint",
+    "grad_clip": "gradient_clipping",
+    "weigth_decay": "weight_decay",
+}
+
+
+@dataclass
+class ModelOptions:
+    config: str = option(
+        "7b",
+        "shape of a new model: a name of the model table, a config.json, a folder or a hub id",
+        PATH,
+        short="c",
+        scripts=["pretrain"],
+    )
+    model_path: str | None = option(
+        None, "Hugging Face folder or hub id whose weights training starts from", PATH
+    )
+    tokenizer: str | None = option(
+        None, "tokenizer: a folder, a file or a hub id (none: the one of the model)", PATH
+    )
+    max_length: int = option(
+        4096,
+        "tokens per row (untyped: at most the model's context)",
+        integer(at_least=2),
+        short="l",
+    )
+    flash_attention: bool = option(
+        False, "ColossalAI's flash attention kernel; refused where none exists", SWITCH, short="a"
+    )
+    gradient_checkpoint: bool = option(
+        False, "recompute activations in the backward pass: less memory, slower", SWITCH, short="g"
+    )
+
+
+@dataclass
+class DataOptions:
+    # option() is dataclasses.field and makes a new list each time.
+    dataset: list[str] = option(  # noqa: RUF009
+        ["togethercomputer/RedPajama-Data-1T-Sample"],
+        "what to train on: sample, files, folders, globs, a prepared dataset or a hub name",
+        PATH,
+        short="d",
+        many=True,
+        script_defaults={"finetune": ["yizhongw/self_instruct"]},
+    )
+    task_name: str = option(
+        "super_natural_instructions", "part of the dataset to train on", TEXT, scripts=["finetune"]
+    )
+    eval_data: list[str] | None = option(  # noqa: RUF009
+        None, "held-out data, given like --dataset (none: taken by --eval_ratio)", PATH, many=True
+    )
+    eval_ratio: float = option(0.005, "share of the documents held out, never trained on", PART)
+    cache_dir: str = option(
+        "~/.cache/llama_lib", "folder for datasets prepared from text given to --dataset", PATH
+    )
+    workers: int = option(
+        0, "processes that tokenise (0: the cores of this process)", integer(at_least=0)
+    )
+    skip_bad_lines: bool = option(False, "count bad input lines instead of stopping", SWITCH)
+
+
+@dataclass
+class ParallelOptions:
+    plugin: str = option("gemini", "ColossalAI Booster plugin", choice(*PLUGINS), short="p")
+    tp: int = option(1, "tensor-parallel processes (hybrid_parallel)", integer(at_least=1))
+    pp: int = option(1, "pipeline stages (hybrid_parallel)", integer(at_least=1))
+    sp: int = option(1, "sequence-parallel processes (hybrid_parallel)", integer(at_least=1))
+    sp_mode: str | None = option(
+        None,
+        "how sequences are split (hybrid_parallel)",
+        choice("all_to_all", "split_gather", also=("ring", "ring_attn")),
+    )
+    zero_stage: int | None = option(
+        None, "ZeRO stage of hybrid_parallel (none: the plugin's own)", choice(0, 1, 2)
+    )
+    microbatch_size: int | None = option(
+        None, "rows per pipeline micro-batch; needs --pp above 1", integer(at_least=1)
+    )
+    offload_optim_frac: float = option(
+        0.0, "share of the optimizer state kept in host memory (gemini)", FRACTION
+    )
+    offload_param_frac: float = option(
+        0.0, "share of the weights kept in host memory (gemini)", FRACTION
+    )
+
+
+@dataclass
+class TrainingOptions:
+    num_epochs: int = option(1, "passes over the data", integer(at_least=1), short="e")
+    batch_size: int = option(2, "rows per GPU and forward pass", integer(at_least=1), short="b")
+    accumulation_steps: int = option(
+        1, "forward and backward passes per optimizer step", integer(at_least=1)
+    )
+    global_batch_tokens: int | None = option(
+        None, "tokens per optimizer step; sets --accumulation_steps", TOKENS
+    )
+    max_steps: int | None = option(None, "end after this many optimizer steps", integer(at_least=1))
+    max_tokens: int | None = option(None, "end after this many tokens", TOKENS)
+    lr: float = option(3e-4, "highest learning rate", POSITIVE)
+    weight_decay: float = option(
+        0.1, "decoupled weight decay, not on norms and biases", NOT_NEGATIVE, short="w"
+    )
+    warmup_steps: int = option(
+        2000, "optimizer steps of linear warm-up", integer(at_least=0), short="s"
+    )
+    gradient_clipping: float = option(
+        1.0, "largest gradient norm of a step (0: not clipped)", NOT_NEGATIVE
+    )
+    mixed_precision: str = option(
+        "fp16", "working precision (untyped on a CPU: bf16)", choice(*PRECISIONS), short="x"
+    )
+    seed: int = option(
+        42, "drives data order, initial weights, dropout and sampling", integer(at_least=0)
+    )
+
+
+@dataclass
+class CheckpointOptions:
+    save_interval: int = option(
+        1000, "steps between checkpoints; the last step is always saved", integer(1), short="i"
+    )
+    save_dir: str = option(
+        "checkpoint", "folder of the run's checkpoints and logs", PATH, short="o"
+    )
+    load: str | None = option(
+        None, "checkpoint to resume from, or auto: the newest whole one", PATH, short="f"
+    )
+    keep_last: int | None = option(
+        None, "newest checkpoints to keep (none: all)", integer(at_least=1)
+    )
+
+
+@dataclass
+class ReportOptions:
+    tensorboard_dir: str = option(
+        "tb_logs", "folder of TensorBoard events and metrics.jsonl", PATH, short="t"
+    )
+    log_interval: int = option(10, "steps between records", integer(at_least=1))
+    eval_interval: int = option(0, "steps between held-out losses (0: off)", integer(at_least=0))
+    eval_steps: int = option(20, "batches per held-out loss and source", integer(at_least=1))
+    sample_interval: int = option(
+        0, "steps between generated text samples (0: off)", integer(at_least=0)
+    )
+    profile: str | None = option(None, "steps to write a torch trace of", STEP_RANGE)
+    dry_run: bool = option(False, "check everything, show the plan, do not train", SWITCH)
+    allow_untested_versions: bool = option(
+        False, "go on with package versions this project is not tested with", SWITCH
+    )
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelOptions,
+    "data": DataOptions,
+    "parallel": ParallelOptions,
+    "training": TrainingOptions,
+    "checkpoint": CheckpointOptions,
+    "report": ReportOptions,
+}
+
+
+@dataclass
+class Options:
+    """The options of one run. `typed` names those given on the command line or in the file."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    report: ReportOptions = field(default_factory=ReportOptions)
+    script: str = "pretrain"
+    typed: frozenset[str] = field(default=frozenset(), compare=False)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain values by section and name; options the script does not have are left out."""
+        known = declared(SECTIONS, self.script)
+        return {
+            section: {
+                name: value
+                for name, value in asdict(getattr(self, section)).items()
+                if name in known
+            }
+            for section in SECTIONS
+        }
+
+
+def parse_options(script: str, argv: Sequence[str] | None = None) -> Options:
+    """The options of `script` from `argv` (default: the command line) and its --spec_file.
+
+    A flag beats the file, the file beats the default. Raises one UserError for everything wrong.
+    """
+    known = declared(SECTIONS, script)
+    typed = read(
+        known,
+        sys.argv[1:] if argv is None else argv,
+        script=script,
+        deprecated=DEPRECATED,
+        help_page=lambda: help_text(script),
+    )
+    values = {name: item.initial for name, item in known.items()} | typed.file | typed.flags
+    problems = typed.problems + _conflicts(typed.flags, values)
+    if problems:
+        raise UserError(problems)
+    sections = {
+        section: tree(**{n: v for n, v in values.items() if known[n].section == section})
+        for section, tree in SECTIONS.items()
+    }
+    return Options(**sections, script=script, typed=frozenset(typed.flags | typed.file))
+
+
+def _conflicts(flags: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    # Only a typed --accumulation_steps conflicts: a run's saved options hold both, the one derived.
+    if "accumulation_steps" in flags and values["global_batch_tokens"] is not None:
+        return [
+            "--accumulation_steps and --global_batch_tokens set the same thing: got both, expected "
+            "one; leave one out, or --global_batch_tokens none to undo the file's"
+        ]
+    return []
+
+
+def dump_yaml(options: Options, path: str | Path) -> None:
+    """Writes the options as a file that --spec_file reads back."""
+    spec_file.dump(options.to_dict(), path)
+
+
+def help_text(script: str) -> str:
+    """The page of --help."""
+    return option_pages.help_page(declared(SECTIONS, script), script, SCRIPTS[script])
+
+
+def options_table(script: str) -> str:
+    """The options of `script` as markdown for the README."""
+    return option_pages.markdown_tables(declared(SECTIONS, script))

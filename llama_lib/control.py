@@ -1,0 +1,122 @@
+"""Requests that reach a run from outside: signals, and files touched in its save directory.
+
+Invariant: all ranks act on a request at the same step boundary, or the job ends.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+SAVE_NOW = "save_now"
+SAVE_AND_EXIT = "save_and_exit"
+
+# torchrun kills its workers 30 s after a signal: 10 s to agree leaves 20 s to save.
+ANSWER_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What all ranks agreed to do after the current step."""
+
+    save: bool = False
+    leave: bool = False
+    signal_number: int = 0
+
+
+class Requests:
+    """Collects requests and lets all ranks agree on them once per step.
+
+    `ask` starts the exchange when a step begins and `answer` reads it when the step ends, so the
+    (host-only) exchange runs beside the computation and costs no device synchronisation.
+    """
+
+    def __init__(self, save_dir: str) -> None:
+        self._save_dir = Path(save_dir)
+        self._group = dist.new_group(backend="gloo")
+        self._flags = torch.zeros(3, dtype=torch.int32)
+        self._work: dist.Work | None = None
+        self._signal_number = 0
+        self._deadline: threading.Timer | None = None
+        self._handlers: dict[int, object] = {}
+        self._listen()
+
+    def _listen(self) -> None:
+        # Python runs signal handlers between bytecodes only, so a rank that waits in a collective
+        # would never run one; the wake-up descriptor is written at once, and a thread reads it.
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        self._sockets = (reader, writer)
+        self._previous_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._receive, args=(reader,), daemon=True).start()
+
+    def _receive(self, reader: socket.socket) -> None:
+        while True:
+            try:
+                received = reader.recv(1)
+            except OSError:
+                return
+            if not received:
+                return
+            number = received[0]
+            if number not in (signal.SIGTERM, signal.SIGINT):
+                continue
+            if number == signal.SIGINT and self._signal_number == signal.SIGINT:
+                os._exit(128 + number)  # the second Ctrl-C of an impatient user
+            if self._signal_number == 0:
+                self._signal_number = number
+                self._deadline = threading.Timer(ANSWER_SECONDS, self._give_up)
+                self._deadline.daemon = True
+                self._deadline.start()
+
+    def _give_up(self) -> None:
+        print(
+            f"rank {dist.get_rank()}: signal {self._signal_number}, but not every rank reached the "
+            f"end of a step within {ANSWER_SECONDS:.0f} s: ending without a checkpoint. For longer "
+            f"steps touch {self._save_dir / SAVE_AND_EXIT} instead.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    def ask(self) -> None:
+        """Start the exchange of this step; called by every rank when a step begins."""
+        leader = dist.get_rank() == 0
+        self._flags[0] = self._signal_number
+        self._flags[1] = int(leader and (self._save_dir / SAVE_NOW).exists())
+        self._flags[2] = int(leader and (self._save_dir / SAVE_AND_EXIT).exists())
+        self._work = dist.all_reduce(
+            self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+        )
+
+    def answer(self) -> Request:
+        """What was agreed; files that asked for it are removed."""
+        assert self._work is not None
+        self._work.wait()
+        number, save_now, save_and_exit = self._flags.tolist()
+        if number and self._deadline is not None:
+            self._deadline.cancel()
+        if dist.get_rank() == 0:
+            for asked, name in ((save_now, SAVE_NOW), (save_and_exit, SAVE_AND_EXIT)):
+                if asked:
+                    (self._save_dir / name).unlink(missing_ok=True)
+        leave = bool(number or save_and_exit)
+        return Request(save=bool(save_now) or leave, leave=leave, signal_number=number)
+
+    def close(self) -> None:
+        """Give the signals back to their former handlers."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        signal.set_wakeup_fd(self._previous_wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        for end in self._sockets:
+            end.close()

@@ -1,0 +1,225 @@
+"""Files of a dataset on the Hugging Face hub, without ever running a loading script.
+
+Invariant: what cannot be had ends in one message that says what was tried and what to do instead.
+The clients' own settings (HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE) hold throughout.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from llama_lib.errors import UserError
+
+PARQUET_BRANCH = "refs/convert/parquet"
+
+# organisation/name or an old single name, with the configuration after a colon.
+_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
+
+T = TypeVar("T")
+Found = list[tuple[tuple[str, ...], Path]]
+
+
+@dataclass(frozen=True)
+class _DataFiles:
+    """Plain data files beside a loading script that no current `datasets` runs."""
+
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Parquet:
+    """The hub's own conversion of a script dataset, under its default configuration."""
+
+    config: str
+
+
+# Datasets the seed names. Their repositories carry loading scripts, so they are read by file.
+_REGISTRY: dict[str, _DataFiles | _Parquet] = {
+    "togethercomputer/RedPajama-Data-1T-Sample": _DataFiles(
+        (
+            "arxiv_sample.jsonl",
+            "book_sample.jsonl",
+            "c4_sample.jsonl",
+            "cc_2019-30_sample.jsonl",
+            "cc_2020-05_sample.jsonl",
+            "cc_2021-04_sample.jsonl",
+            "cc_2022-05_sample.jsonl",
+            "cc_2023-06_sample.jsonl",
+            "github_sample.jsonl",
+            "stackexchange_sample.jsonl",
+            "wikipedia_sample.jsonl",
+        )
+    ),
+    "yizhongw/self_instruct": _Parquet("super_natural_instructions"),
+}
+
+
+class _Unreachable(Exception):
+    """The hub does not answer, and its files are not in the local cache."""
+
+
+class _Missing(Exception):
+    """The hub answers that there is no such thing."""
+
+
+def is_hub_name(dataset: str) -> bool:
+    return _NAME.match(dataset) is not None
+
+
+def hub_files(dataset: str) -> Found:
+    """Download `organisation/name[:configuration]`: (name parts of a source, local file) each.
+
+    Tried in turn: the registry above, `datasets.load_dataset`, the hub's parquet branch.
+    """
+    name, _, config = dataset.partition(":")
+    entry = _REGISTRY.get(name)
+    try:
+        if isinstance(entry, _DataFiles):
+            return _data_files(name, entry)
+        if isinstance(entry, _Parquet):
+            return _parquet_branch(name, config or entry.config)
+        return _any_dataset(name, config)
+    except _Unreachable as error:
+        raise UserError(
+            f"the hub cannot be reached and {dataset!r} is not in its local cache ({error}); no "
+            "file or folder has that name either. On a machine with network run: "
+            f"python -m llama_lib prepare -d {dataset} --output DIR --tokenizer T, copy DIR, then "
+            "-d DIR."
+        ) from error
+    except _Missing as error:
+        raise UserError(f"{dataset!r} cannot be had from the hub: {error}.") from error
+
+
+def _data_files(name: str, entry: _DataFiles) -> Found:
+    found: Found = []
+    for file in entry.files:
+        try:
+            path = _download(name, file, "main")
+        except (_Missing, _Unreachable) as error:
+            if isinstance(error, _Unreachable) and not _known_to_be_missing(name, file):
+                raise
+            print(f"{name}: {file} is missing on the hub, left out", file=sys.stderr, flush=True)
+            last = error
+            continue
+        found.append(((*name.split("/"), Path(file).stem), path))
+    if not found:
+        raise _Missing(f"none of its {len(entry.files)} files is there ({last})")
+    return found
+
+
+def _parquet_branch(name: str, config: str) -> Found:
+    files = _guarded(_list_files, name, PARQUET_BRANCH)
+    configs = sorted({file.split("/")[0] for file in files if file.endswith(".parquet")})
+    if not config and len(configs) == 1:
+        config = configs[0]
+    if not config and "default" in configs:
+        config = "default"
+    if config not in configs:
+        known = ", ".join(configs) or "none"
+        raise _Missing(
+            f"its parquet branch has the configurations: {known}; choose one, as in "
+            f"-d {name}:{configs[0] if configs else 'CONFIGURATION'}"
+        )
+    # The hub converts very large sets in part only, and says so in the folder's name.
+    wanted = [
+        file
+        for split in ("train", "partial-train")
+        for file in sorted(files)
+        if file.startswith(f"{config}/{split}/") and file.endswith(".parquet")
+    ]
+    if not wanted:
+        splits = ", ".join(sorted({file.split("/")[1] for file in files if file.count("/") > 1}))
+        raise _Missing(f"its parquet branch has no `train` split; found {splits}")
+    parts = tuple(name.split("/"))
+    return [(parts, _download(name, file, PARQUET_BRANCH)) for file in wanted]
+
+
+def _any_dataset(name: str, config: str) -> Found:
+    try:
+        return _load_dataset(name, config)
+    except _Unreachable:
+        raise
+    except _Missing as error:
+        first = error
+    try:
+        return _parquet_branch(name, config)
+    except _Missing as error:
+        raise UserError(
+            f"{name!r} cannot be had from the hub. Tried datasets.load_dataset: {first}. Tried "
+            f"the branch {PARQUET_BRANCH}: {error}. Check the name, or convert the data once to "
+            "jsonl or parquet with a `text` column and pass the files: -d path/to/*.jsonl."
+        ) from error
+
+
+def _load_dataset(name: str, config: str) -> Found:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, config or None, split="train")
+    except Exception as error:
+        # The library raises whatever its readers raise, so the class says little about the cause.
+        raise _cause(error, name) from error
+    return [(tuple(name.split("/")), Path(file["filename"])) for file in loaded.cache_files]
+
+
+def _list_files(name: str, revision: str) -> list[str]:
+    from huggingface_hub import HfApi
+
+    return HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
+
+
+def _download(name: str, file: str, revision: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    def call(name: str, file: str) -> str:
+        return hf_hub_download(name, file, repo_type="dataset", revision=revision)
+
+    return Path(_guarded(call, name, file))
+
+
+def _known_to_be_missing(name: str, file: str) -> bool:
+    """Whether the hub said so when it was last reached."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    return try_to_load_from_cache(name, file, repo_type="dataset") is _CACHED_NO_EXIST
+
+
+def _guarded(call: Callable[[str, str], T], name: str, argument: str) -> T:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from requests.exceptions import RequestException
+
+    try:
+        return call(name, argument)
+    except (HfHubHTTPError, HFValidationError, RequestException, OSError) as error:
+        raise _cause(error, name) from error
+
+
+def _cause(error: Exception, name: str) -> Exception:
+    """Our view of a client's error: gated (UserError), not there, or not reachable."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+    from requests.exceptions import ConnectionError as NoConnection
+    from requests.exceptions import Timeout
+
+    chain: list[BaseException] = [error]
+    while (below := chain[-1].__cause__ or chain[-1].__context__) and below not in chain:
+        chain.append(below)
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if any(isinstance(e, GatedRepoError) for e in chain) or "gated" in reason:
+        return UserError(
+            f"{name!r} is gated: accept its licence at https://huggingface.co/datasets/{name}, "
+            "log in with `hf auth login` or set HF_TOKEN, and start again."
+        )
+    answers = [
+        e.response.status_code
+        for e in chain
+        if isinstance(e, HfHubHTTPError) and e.response is not None
+    ]
+    if answers and answers[0] < 500:
+        return _Missing(f"the hub answers {answers[0]} ({reason})")
+    lost = (NoConnection, Timeout, ConnectionError, OfflineModeIsEnabled)
+    if answers or any(isinstance(e, lost) for e in chain):
+        return _Unreachable(reason)
+    return _Missing(reason)

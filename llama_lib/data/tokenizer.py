@@ -1,0 +1,192 @@
+"""Load a tokenizer, train one, and name it by a hash of all that decides its ids.
+
+Invariant: no token is ever added to a loaded tokenizer; training the same text gives the same
+tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_lib.data.once import once
+from llama_lib.data.sample import write_sample
+from llama_lib.data.sources import Source, records, resolve
+from llama_lib.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE_VOCAB_SIZE = 4096
+DEFAULT_CACHE_DIR = "~/.cache/llama_lib"
+
+# <unk> <s> </s> are 0 1 2 as in every Llama tokenizer, so LlamaConfig's default ids hold.
+_UNKNOWN, _BEGIN, _END = "<unk>", "<s>", "</s>"
+
+
+def load_tokenizer(
+    name_or_path: str, cache_dir: str | Path = DEFAULT_CACHE_DIR
+) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a folder or hub id; `sample` is the embedded corpus' own.
+
+    Raises UserError when there is none, when it has no fast form, or no end-of-text token.
+    """
+    if name_or_path == "sample":
+        return load_tokenizer(str(sample_tokenizer(cache_dir)))
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"no tokenizer can be loaded from {name_or_path!r}: {reason[0]} Expected a folder with "
+            "tokenizer.json, a hub id, or `sample`: pass it with --tokenizer."
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {name_or_path!r} has no fast form (tokenizer.json), which preparing "
+            "data needs. Choose another with --tokenizer."
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {name_or_path!r} has no eos_token, which ends each document. Set it "
+            "in its tokenizer_config.json or choose another with --tokenizer."
+        )
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Byte-level BPE with `<unk> <s> </s>` = 0 1 2; any text survives encoding and decoding.
+
+    Padding is `<unk>`: bytes cover every text, so `<unk>` never occurs and masking it is safe,
+    whereas padding with `</s>` would mask the real ends of documents.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [_UNKNOWN, _BEGIN, _END]
+    if vocab_size < len(alphabet) + len(special):
+        raise UserError(
+            f"--vocab_size {vocab_size} is too small: 256 bytes and {len(special)} special tokens "
+            f"need at least {len(alphabet) + len(special)}."
+        )
+    tokenizer = Tokenizer(models.BPE(unk_token=_UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    trained: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=_BEGIN,
+        eos_token=_END,
+        unk_token=_UNKNOWN,
+        pad_token=_UNKNOWN,
+        clean_up_tokenization_spaces=False,
+    )
+    return trained
+
+
+def sample_tokenizer(cache_dir: str | Path, vocab_size: int = SAMPLE_VOCAB_SIZE) -> Path:
+    """Folder of the tokenizer trained on the sample; trained once per cache and Python release."""
+    cache_dir = Path(cache_dir).expanduser()
+    files = write_sample(cache_dir / "sample")
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    folder = cache_dir / "tokenizers" / f"sample-{vocab_size}-{key}"
+    with once(cache_dir, str(folder), "the training of the sample's tokenizer"):
+        if not (folder / "tokenizer.json").is_file():
+            texts = (text for path in files for text in records(Source(path.stem, (path,))))
+            save_tokenizer(train_tokenizer(texts, vocab_size), folder)
+    return folder
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the Hugging Face folder under another name first, so that it is whole or absent."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of the serialised tokenizer (tokenizer.json) and the ids of its special tokens.
+
+    The files around it are left out: they change with the version of transformers, the ids do not.
+    """
+    special = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "unk": tokenizer.unk_token_id,
+    }
+    content = bare_backend(tokenizer).to_str() + json.dumps(special, sort_keys=True)
+    return hashlib.sha256(content.encode("utf-8")).hexdigest()
+
+
+def bare_backend(tokenizer: Any) -> Any:
+    """A copy of the `tokenizers.Tokenizer` inside, without truncation and padding."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest id the tokenizer can give."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> list[str]:
+    """The problem, if the tokenizer has ids that the model's embedding has no row for."""
+    ids = vocabulary_size(tokenizer)
+    if ids <= vocab_size:
+        return []
+    return [
+        f"the tokenizer has {ids} ids, the model's vocab_size is {vocab_size}: ids >= {vocab_size} "
+        f"have no embedding. Use the model's own tokenizer (--tokenizer) or a --config with "
+        f"vocab_size >= {ids}."
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m llama_lib tokenizer", description="Train a byte-level BPE tokenizer."
+    )
+    parser.add_argument("-d", "--dataset", nargs="+", default=["sample"], help="as in pretrain.py")
+    parser.add_argument("--output", required=True, help="folder to write (Hugging Face format)")
+    parser.add_argument("--vocab_size", type=int, default=SAMPLE_VOCAB_SIZE, help="number of ids")
+    parser.add_argument("--cache_dir", default=DEFAULT_CACHE_DIR, help="where `sample` is kept")
+    parser.add_argument("--skip_bad_lines", action="store_true", help="drop and count bad lines")
+    arguments = parser.parse_args(argv)
+
+    from tqdm import tqdm
+
+    output = Path(arguments.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty: choose another --output.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    sources = resolve(arguments.dataset, Path(arguments.cache_dir).expanduser())
+    texts = (text for source in sources for text in records(source, arguments.skip_bad_lines))
+    bar = tqdm(texts, desc="reading", unit=" documents", disable=not sys.stderr.isatty())
+    tokenizer = train_tokenizer(bar, arguments.vocab_size)
+    save_tokenizer(tokenizer, output)
+    size = vocabulary_size(tokenizer)
+    print(f"{output}: {size} ids, hash {tokenizer_hash(tokenizer)[:16]}")
+    if size < arguments.vocab_size:
+        print(f"the text gives no more than {size} of {arguments.vocab_size} ids")
+    return 0

@@ -1,0 +1,223 @@
+"""Everything decided and checked before a process group, a model or a GPU is touched.
+
+Invariant: a user's mistake ends here, all mistakes of one configuration in one message, and every
+value that bends from what the documentation promises says so in one line.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama_lib.checkpoint.manifest import check_load_argument, refuse_occupied
+from llama_lib.config import Options
+from llama_lib.data.once import once
+from llama_lib.data.order import RowOrder
+from llama_lib.data.prepare import PrepareRequest, prepare
+from llama_lib.data.prepared import PreparedDataset, is_prepared
+from llama_lib.data.tokenizer import load_tokenizer
+from llama_lib.errors import UserError
+from llama_lib.launch import has_accelerator, rank, world_size
+from llama_lib.layout import BatchPlan, Layout, layout_of, layout_problems, plan_batches
+from llama_lib.models import DEFAULT_TOKENIZERS, model_config
+from llama_lib.versions import check_versions
+
+
+@dataclass
+class Run:
+    """A checked run, ready to start.
+
+    `model_folder` holds the weights of --model_path on this machine, if given.
+    """
+
+    options: Options
+    config: Any
+    layout: Layout
+    plan: BatchPlan
+    dataset: PreparedDataset
+    order: RowOrder
+    tokenizer: Any
+    model_folder: Path | None
+    notes: list[str] = field(default_factory=list)
+
+    def describe(self) -> list[str]:
+        """What a reader of the log needs to know about the run, formulas included."""
+        from llama_lib.flops import num_parameters
+
+        options = self.options
+        model = options.model.model_path or options.model.config
+        data = self.dataset
+        held_out = data.held_out.num_tokens if data.held_out else 0
+        return [
+            f"model {model}: {num_parameters(self.config):,} parameters, "
+            f"{options.training.mixed_precision}, attention {self.config._attn_implementation}",
+            self.layout.describe(),
+            f"data {' '.join(options.data.dataset)}: {data.num_documents:,} documents, "
+            f"{data.num_tokens:,} tokens from {len(data.sources)} source(s); "
+            f"held out {held_out:,} tokens",
+            *self.plan.describe(),
+        ]
+
+
+def preflight(options: Options) -> Run:
+    """Check the options, prepare the data and plan the run.
+
+    Every process calls this before the process group exists; one per host prepares the data.
+
+    Raises:
+        UserError: everything that is wrong with the configuration, in one message.
+    """
+    notes = check_versions(options.report.allow_untested_versions)
+    source = options.model.model_path
+    model_folder = None if source is None else _model_folder(source, options.data.cache_dir)
+    if source is not None and "config" in options.typed and options.script == "pretrain":
+        notes.append("--config is ignored: --model_path brings the shape of its weights")
+    config = model_config(options.model.config if model_folder is None else str(model_folder))
+    notes += _bend_defaults(options, config)
+    _check(options, config)
+    dataset, tokenizer = _prepare_data(options, config, model_folder)
+    layout = layout_of(options, world_size())
+    order = RowOrder(dataset.document_lengths, options.model.max_length, options.training.seed)
+    rows = order.num_rows(options.training.num_epochs)
+    plan = plan_batches(options, layout, options.model.max_length, rows)
+    _set_attention(options, config)
+    return Run(options, config, layout, plan, dataset, order, tokenizer, model_folder, notes)
+
+
+def _bend_defaults(options: Options, config: Any) -> list[str]:
+    """Adapt the two defaults that cannot hold everywhere; a typed value is never changed."""
+    notes = []
+    context = config.max_position_embeddings
+    if "max_length" not in options.typed and options.model.max_length > context:
+        notes.append(f"--max_length is {context}, the model's context (default 4096)")
+        options.model.max_length = context
+    if "mixed_precision" not in options.typed and not has_accelerator():
+        notes.append("--mixed_precision is bf16: without a GPU fp16 is some 200 times slower")
+        options.training.mixed_precision = "bf16"
+    if not has_accelerator():
+        notes.append("no GPU: ColossalAI runs on CPU processes over gloo")
+    return notes
+
+
+def _check(options: Options, config: Any) -> None:
+    problems = layout_problems(options, world_size(), config)
+    context = config.max_position_embeddings
+    if options.model.max_length > context:
+        problems.append(
+            f"--max_length {options.model.max_length} is more than the model's context of "
+            f"{context}; use at most {context}."
+        )
+    if options.parallel.sp_mode and options.model.max_length % max(1, options.parallel.sp):
+        problems.append(
+            f"--max_length {options.model.max_length} is not divisible by --sp {options.parallel.sp}."
+        )
+    if options.training.mixed_precision == "fp32" and options.parallel.plugin.startswith("gemini"):
+        problems.append(
+            f"-p {options.parallel.plugin} has no fp32 in ColossalAI; use -x bf16, or -p zero2."
+        )
+    if options.model.flash_attention and not has_accelerator():
+        problems.append(
+            "-a asks for ColossalAI's flash attention kernel, which needs a GPU; without -a "
+            "attention is torch's SDPA."
+        )
+    if options.report.sample_interval and options.parallel.sp_mode == "split_gather":
+        problems.append("--sample_interval with --sp_mode split_gather is not tested.")
+    problems += _folder_problems(options)
+    for check in (_check_load, _check_save_dir):
+        try:
+            check(options)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+
+
+def _check_load(options: Options) -> None:
+    if options.checkpoint.load is not None:
+        check_load_argument(options.checkpoint.load, options.checkpoint.save_dir)
+
+
+def _check_save_dir(options: Options) -> None:
+    if options.checkpoint.load is None and not options.report.dry_run:
+        refuse_occupied(options.checkpoint.save_dir)
+
+
+def _folder_problems(options: Options) -> list[str]:
+    """Folders the run writes to that it may not write to."""
+    problems = []
+    for flag, folder in (
+        ("--save_dir", options.checkpoint.save_dir),
+        ("--tensorboard_dir", options.report.tensorboard_dir),
+    ):
+        try:
+            if options.report.dry_run:
+                continue
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            # As root every mode passes access(); a read-only file system still fails the write.
+            probe = Path(folder) / f".write-probe-{rank()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            problems.append(
+                f"{flag} {folder} cannot be written to ({error.strerror}); choose another folder."
+            )
+    return problems
+
+
+def _model_folder(name: str, cache_dir: str) -> Path:
+    """The folder of a local path or hub id; one process per host downloads."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--model_path {name}: no such folder.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        with once(Path(cache_dir).expanduser(), f"model {name}", "download"):
+            return Path(
+                snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*"])
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--model_path {name}: not a folder here, and the hub gives no such model "
+            f"({str(error).splitlines()[0]})."
+        ) from None
+
+
+def tokenizer_name(options: Options, model_folder: Path | None) -> str | None:
+    """The tokenizer of a run; None leaves it to the data (prepared, or the sample's own)."""
+    if options.model.tokenizer is not None:
+        return options.model.tokenizer
+    if model_folder is not None:
+        return str(model_folder)
+    if options.data.dataset == ["sample"] or any(is_prepared(d) for d in options.data.dataset):
+        return None
+    name = options.model.config
+    return DEFAULT_TOKENIZERS.get(name, name if not name.endswith(".json") else None)
+
+
+def _prepare_data(
+    options: Options, config: Any, model_folder: Path | None
+) -> tuple[PreparedDataset, Any]:
+    data = options.data
+    dataset = prepare(
+        PrepareRequest(
+            datasets=data.dataset,
+            tokenizer=tokenizer_name(options, model_folder),
+            eval_data=data.eval_data or (),
+            eval_ratio=data.eval_ratio,
+            cache_dir=data.cache_dir,
+            seed=options.training.seed,
+            workers=data.workers,
+            skip_bad_lines=data.skip_bad_lines,
+            vocab_size=config.vocab_size,
+        )
+    )
+    return dataset, load_tokenizer(str(dataset.tokenizer_path), data.cache_dir)
+
+
+def _set_attention(options: Options, config: Any) -> None:
+    """SDPA everywhere but where ColossalAI's own attention takes over (-a, sequence parallel)."""
+    config._attn_implementation = "eager" if options.parallel.sp_mode else "sdpa"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

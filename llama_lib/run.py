@@ -1,0 +1,198 @@
+"""From a checked run to the end of training: process group, model, checkpoint, loop.
+
+Invariant: all ranks take the same decisions, because each is taken from shared files or broadcast.
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from llama_lib.checkpoint import store
+from llama_lib.checkpoint.store import TrainerState
+from llama_lib.config import dump_yaml
+from llama_lib.data.loader import BatchLoader
+from llama_lib.engine import Engine
+from llama_lib.errors import RunError, UserError
+from llama_lib.evaluate import HeldOut
+from llama_lib.launch import start_process_group
+from llama_lib.preflight import Run
+from llama_lib.trainer import Trainer
+
+logger = logging.getLogger("llama_lib")
+
+
+def train(run: Run) -> int:
+    """Train a checked run; returns the exit code of `Trainer.fit`."""
+    options = run.options
+    device = start_process_group(options.training.seed)
+    try:
+        _open_log(options.checkpoint.save_dir)
+        _check_same_data(run)
+        say = _say if dist.get_rank() == 0 else logger.info
+        state, checkpoint = _starting_point(run, say)
+        if state.step >= run.plan.num_steps:
+            say(f"step {state.step} of {run.plan.num_steps} is done already: nothing to train.")
+            return 0
+        if dist.get_rank() == 0:
+            dump_yaml(options, Path(options.checkpoint.save_dir) / "specs.yaml")
+        for line in run.notes + run.describe():
+            say(line)
+        engine = Engine(options, run.layout, run.config, device, run.plan.accumulation)
+        if checkpoint is not None:
+            store.load(engine, checkpoint, state)
+        elif run.model_folder is not None:
+            store.load_weights(engine, run.model_folder, "--model_path")
+        return _trainer(run, engine, state).fit()
+    finally:
+        dist.destroy_process_group()
+
+
+def _say(text: str) -> None:
+    logger.info("%s", text)
+    print(text, flush=True)
+
+
+def _open_log(save_dir: str) -> None:
+    """One log file per rank; the console belongs to rank 0."""
+    folder = Path(save_dir) / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank-{dist.get_rank():05d}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _check_same_data(run: Run) -> None:
+    """Hosts prepare on their own; they must have come to the same data."""
+    hashes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, run.dataset.manifest_hash)
+    if len(set(hashes)) > 1:
+        odd = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
+        raise RunError(
+            f"the prepared data of rank(s) {odd} differs from rank 0's: the hosts see other input "
+            "files or package versions. Prepare once (python -m llama_lib prepare) into a folder "
+            "all hosts see, and give that to -d."
+        )
+
+
+def _trainer(run: Run, engine: Engine, state: TrainerState) -> Trainer:
+    options, plan = run.options, run.plan
+    loader = BatchLoader(
+        run.dataset,
+        run.order,
+        plan.global_batch,
+        engine.dp_rank,
+        plan.dp,
+        plan.accumulation,
+        first_sample=state.samples - state.step * plan.global_batch,
+    )
+    held_out = run.dataset.held_out
+    evaluated = HeldOut(held_out, options.model.max_length) if held_out else None
+    return Trainer(options, engine, plan, loader, run.tokenizer, state, evaluated)
+
+
+# -- resuming -----------------------------------------------------------------------------------
+
+
+def _facts(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What must be equal for a checkpoint to be continued: the model's shape and the data."""
+    shape = {
+        key: value
+        for key, value in run.config.to_dict().items()
+        if key not in ("torch_dtype", "use_cache", "_name_or_path", "architectures")
+        and not key.startswith("transformers")
+    }
+    data = {
+        "tokenizer": run.dataset.tokenizer_hash,
+        "manifest": run.dataset.manifest_hash,
+        "max_length": run.options.model.max_length,
+        "seed": run.options.training.seed,
+    }
+    return shape, data
+
+
+def _starting_point(run: Run, say: Any) -> tuple[TrainerState, Path | None]:
+    """The state to start from and the checkpoint it lies in; a fresh state without --load."""
+    options = run.options
+    model, data = _facts(run)
+    fresh = TrainerState(
+        0, 0, 0, 0, options.training.seed, options.to_dict(), model=model, data=data
+    )
+    if options.checkpoint.load is None:
+        return fresh, None
+    checkpoint, lines = store.find_checkpoint(options.checkpoint.load, options.checkpoint.save_dir)
+    for line in lines:
+        say(line)
+    if checkpoint is None:
+        return fresh, None
+    state = store.read_state(checkpoint)
+    _refuse_other_run(checkpoint, state, model, data)
+    for line in option_differences(state.options, options.to_dict()):
+        say(line)
+    run.plan = continued_plan(run, state)
+    say(
+        f"resumed {checkpoint} at step {state.step}: {state.samples:,} samples and "
+        f"{state.tokens:,} tokens seen, last logged loss {state.loss}"
+    )
+    return state, checkpoint
+
+
+def _refuse_other_run(
+    checkpoint: Path, state: TrainerState, model: dict[str, Any], data: dict[str, Any]
+) -> None:
+    problems = []
+    for key in sorted(set(model) | set(state.model)):
+        if model.get(key) != state.model.get(key):
+            problems.append(
+                f"{checkpoint} holds a model with {key} {state.model.get(key)}, this run has "
+                f"{model.get(key)}; give the same --config."
+            )
+    remedies = {
+        "tokenizer": "give the tokenizer the run started with",
+        "manifest": "give the -d, --eval_data and --eval_ratio the run started with",
+        "max_length": "rows and data position would change; give the same --max_length",
+        "seed": "the data order would start anew; give the same --seed",
+    }
+    for key, remedy in remedies.items():
+        if data[key] != state.data.get(key):
+            problems.append(
+                f"{checkpoint} was trained with another {key} "
+                f"({state.data.get(key)}, this run has {data[key]}): {remedy}."
+            )
+    if problems:
+        raise UserError(problems)
+
+
+def option_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """One line for every option that differs from the saved run; the command line wins."""
+    lines = []
+    silent = {"load", "dry_run"}
+    for section, values in current.items():
+        before = saved.get(section, {})
+        for name, value in values.items():
+            if name not in silent and name in before and before[name] != value:
+                lines.append(f"--{name} was {before[name]}, now {value}")
+    return lines
+
+
+def continued_plan(run: Run, state: TrainerState) -> Any:
+    """The plan of a resumed run: the steps done, then what is left of the data or the limits.
+
+    With the saved global batch this is the plan as it was; another one goes on with the next
+    unseen sample.
+    """
+    plan, training = run.plan, run.options.training
+    rows = run.order.num_rows(training.num_epochs)
+    left, dropped = divmod(max(0, rows - state.samples), plan.global_batch)
+    steps = state.step + left
+    if training.max_steps is not None and training.max_steps < steps:
+        steps, dropped = training.max_steps, 0
+    if training.max_tokens is not None:
+        allowed = max(0, training.max_tokens - state.tokens) // plan.tokens_per_step
+        if state.step + allowed < steps:
+            steps, dropped = state.step + allowed, 0
+    return replace(plan, num_steps=steps, dropped_rows=dropped)

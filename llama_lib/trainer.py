@@ -1,0 +1,382 @@
+"""The only training loop.
+
+Invariant: after step k the run has consumed exactly the samples before `position(k)` of the global
+order, and stopping there and resuming changes no later number.
+"""
+
+import contextlib
+import logging
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llama_lib import flops
+from llama_lib.checkpoint import store
+from llama_lib.checkpoint.store import TrainerState
+from llama_lib.config import Options
+from llama_lib.control import Request, Requests
+from llama_lib.data.loader import BatchLoader, rows_hash
+from llama_lib.engine import Engine, MicroBatch
+from llama_lib.errors import RunError
+from llama_lib.evaluate import HeldOut, held_out_losses, sample_text
+from llama_lib.layout import BatchPlan
+from llama_lib.metrics import Console, MetricsSink, StepRecord, final_line
+from llama_lib.optim import learning_rate, set_learning_rate
+
+# One bad batch or a loss scale still settling is normal; ten in a row never recovered by itself in
+# the reports of users whose runs went on with NaN weights for hours.
+MAX_NONFINITE_STEPS = 10
+
+logger = logging.getLogger("llama_lib")
+
+
+@dataclass
+class Clock:
+    """Time spent training since the last logged step; evaluation and saving are left out."""
+
+    start: float
+    excluded: float = 0.0
+    data_wait: float = 0.0
+    steps: int = 0
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start - self.excluded
+
+
+class Trainer:
+    """Trains one boosted model on one stream of batches.
+
+    Args:
+        loader: gives the micro-batches of this rank; its step counts from 0.
+        state: where the run stands; step 0 for a fresh one.
+        held_out: what `eval_interval` measures, or None.
+        description: facts stored with every checkpoint (model, data, schedule).
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        engine: Engine,
+        plan: BatchPlan,
+        loader: BatchLoader,
+        tokenizer: Any,
+        state: TrainerState,
+        held_out: HeldOut | None = None,
+    ) -> None:
+        self.options, self.engine, self.plan, self.loader = options, engine, plan, loader
+        self.tokenizer, self.state, self.held_out = tokenizer, state, held_out
+        self.is_main = dist.get_rank() == 0
+        self.labels_per_step = plan.global_batch * (plan.max_length - 1)
+        self.nonfinite_steps = 0
+        self.saved_step = state.step if state.step else None
+        self.timed_samples, self.timed_seconds = 0, 0.0
+        self.memory_mb = 0.0
+        self.console = Console(plan.num_steps, state.step, self.is_main)
+        self.sink = MetricsSink(options.report.tensorboard_dir, state.step + 1, self.is_main)
+        self.flops_per_token = flops.model_flops_per_token(engine.config, plan.max_length)
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def fit(self) -> int:
+        """Train to the end of the plan, or to an agreed stop.
+
+        Returns:
+            Exit code: 0 at the end, 128 + signal after a save on a signal.
+
+        Raises:
+            RunError: ten steps in a row were not finite, or the last checkpoint could not be saved.
+        """
+        requests = Requests(self.options.checkpoint.save_dir)
+        request = Request()
+        self.clock = Clock(time.perf_counter())
+        batches = self.loader.steps(self.state.step, self.plan.num_steps)
+        try:
+            with self._profiler() as profiler:
+                for rows in batches:
+                    requests.ask()
+                    self.train_step(rows)
+                    profiler()
+                    request = requests.answer()
+                    self.after_step(request)
+                    if request.leave:
+                        break
+        finally:
+            batches.close()
+            requests.close()
+            self.console.close()
+        self._finish(request)
+        return 128 + request.signal_number if request.signal_number else 0
+
+    def train_step(self, rows: list[Any]) -> None:
+        step = self.state.step + 1
+        batches = [self._micro_batch(part) for part in rows]
+        if self.saved_step is None and step == 1:
+            self._check_replicas(rows)
+        lr = learning_rate(
+            step, self.plan.num_steps, self.plan.warmup_steps, self.options.training.lr
+        )
+        set_learning_rate(self.engine.optimizer, lr)
+        loss_scale = self.engine.loss_scale()
+        loss = self.engine.forward_backward(batches, self.labels_per_step)
+        grad_norm = self.engine.step()
+        self._advance()
+        self._watch_norm(grad_norm, loss_scale)
+        if self._is_logged(step):
+            # The one place where the loop waits for the device on its own account.
+            self._record(step, self.engine.reduce_loss(loss), lr, grad_norm, loss_scale)
+
+    def _micro_batch(self, ids: Any) -> MicroBatch:
+        input_ids = torch.from_numpy(ids)
+        return MicroBatch(input_ids, input_ids)
+
+    def _advance(self) -> None:
+        self.state.step += 1
+        self.state.samples += self.plan.global_batch
+        self.state.tokens += self.plan.tokens_per_step
+        self.clock.steps += 1
+        self.clock.data_wait += self.loader.data_wait
+        self.console.advance()
+
+    def after_step(self, request: Request) -> None:
+        """Evaluate, sample and save where the step or a request asks for it."""
+        step, last = self.state.step, self.state.step == self.plan.num_steps
+        report, checkpoint = self.options.report, self.options.checkpoint
+        if self.held_out and report.eval_interval and (step % report.eval_interval == 0 or last):
+            with self._off_the_clock():
+                self._evaluate(self.held_out)
+        if report.sample_interval and step % report.sample_interval == 0:
+            with self._off_the_clock():
+                text = sample_text(self.engine, self.tokenizer, self.held_out, self.plan, step)
+                self.say(f"sample at step {step}: {text!r}")
+        if request.save or last or step % checkpoint.save_interval == 0:
+            with self._off_the_clock():
+                self._save(must_succeed=last or request.leave)
+
+    # -- what a step leaves behind ---------------------------------------------------------------
+
+    def _is_logged(self, step: int) -> bool:
+        return (
+            step % self.options.report.log_interval == 0
+            or step == self.plan.num_steps
+            or (step == 1 and self.options.model.model_path is not None)
+        )
+
+    def _watch_norm(self, grad_norm: float | None, loss_scale: float | None) -> None:
+        """Count steps without a finite gradient norm; the norm is on the host already."""
+        if grad_norm is not None and math.isfinite(grad_norm):
+            self.nonfinite_steps = 0
+            return
+        self.nonfinite_steps += 1
+        cause = (
+            f"gradients overflow at loss scale {loss_scale:g}"
+            if grad_norm is None and loss_scale is not None
+            else f"gradient norm is {grad_norm}"
+        )
+        self.say(f"step {self.state.step}: {cause}, step skipped")
+        if self.nonfinite_steps == MAX_NONFINITE_STEPS:
+            raise RunError(self._nonfinite_message(cause))
+
+    def _nonfinite_message(self, cause: str) -> str:
+        training, checkpoint = self.options.training, self.options.checkpoint
+        saved = store.step_directories(checkpoint.save_dir)
+        good = f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+        advice = [f"a lower --lr (now {training.lr:g})", "a longer --warmup_steps"]
+        if training.mixed_precision == "fp16":
+            advice.insert(0, "-x bf16")
+        if training.gradient_clipping == 0:
+            advice.append("--gradient_clipping 1.0")
+        return (
+            f"{MAX_NONFINITE_STEPS} steps in a row were not finite, the last one step "
+            f"{self.state.step} ({cause}). No such step changed the weights; {good}. "
+            f"Try {', '.join(advice)}; then --load auto."
+        )
+
+    def _record(
+        self, step: int, loss: float, lr: float, grad_norm: float | None, loss_scale: float | None
+    ) -> None:
+        seconds, steps = self.clock.elapsed(), self.clock.steps
+        samples = steps * self.plan.global_batch
+        tokens_per_second = samples * self.plan.max_length / seconds
+        self.memory_mb = max(self.memory_mb, self._peak_memory_mb())
+        tflops = flops.tflops_per_gpu(
+            self.flops_per_token, tokens_per_second, self.engine.layout.world_size
+        )
+        record = StepRecord(
+            step=step,
+            tokens=self.state.tokens,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_second=tokens_per_second,
+            samples_per_second=samples / seconds,
+            tflops_per_gpu=tflops,
+            mfu=self._utilization(tflops),
+            memory_mb=self.memory_mb,
+            data_wait_s=self.clock.data_wait / steps,
+            step_time_s=seconds / steps,
+            loss_scale=loss_scale,
+        )
+        self.state.loss = loss
+        if step == 1:
+            self._check_first_loss(loss)
+        if step % self.options.report.log_interval == 0 or step == self.plan.num_steps:
+            self.sink.log(record)
+            self.console.log(record)
+            logger.info("step %d loss %.6f lr %.3e grad_norm %s", step, loss, lr, grad_norm)
+        self.timed_samples += samples
+        self.timed_seconds += seconds
+        self.clock = Clock(time.perf_counter())
+
+    def _check_first_loss(self, loss: float) -> None:
+        bound = math.log(self.engine.config.vocab_size) - 1
+        if self.options.model.model_path and loss > bound:
+            self.say(
+                f"warning: the first loss {loss:.2f} looks like random weights (ln of the "
+                f"vocabulary - 1 = {bound:.2f}) although every tensor of --model_path was loaded "
+                "and compared: is this the tokenizer the model was trained with?"
+            )
+
+    def _utilization(self, tflops: float) -> float | None:
+        if self.engine.device.type != "cuda":
+            return None
+        return flops.model_flops_utilization(
+            tflops,
+            torch.cuda.get_device_name(self.engine.device),
+            self.options.training.mixed_precision,
+        )
+
+    def _peak_memory_mb(self) -> float:
+        """Peak of this process in MB (2^20 bytes), the largest over all ranks."""
+        if self.engine.device.type == "cuda":
+            peak = float(torch.cuda.max_memory_allocated(self.engine.device))
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        value = torch.tensor(peak / 2**20, device=self.engine.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value.item()
+
+    @contextlib.contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        self._synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self.clock.excluded += time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.device)
+
+    def _check_replicas(self, rows: list[Any]) -> None:
+        """Ranks of one model replica must see one batch, replicas different ones."""
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (self.engine.dp_rank, rows_hash(rows)))
+        by_replica: dict[int, set[str]] = {}
+        for replica, digest in gathered:
+            by_replica.setdefault(replica, set()).add(digest)
+        torn = [replica for replica, digests in by_replica.items() if len(digests) > 1]
+        if torn or len(by_replica) != self.engine.layout.dp:
+            raise RunError(
+                f"ranks of one model replica read different batches (replicas {torn}); "
+                "are the prepared datasets of all hosts the same?"
+            )
+
+    # -- evaluation, checkpoints, the end ----------------------------------------------------------
+
+    def _evaluate(self, held_out: HeldOut) -> None:
+        losses = held_out_losses(self.engine, held_out, self.plan, self.options.report.eval_steps)
+        self.sink.log_eval(self.state.step, losses)
+        shown = "  ".join(f"{source} {loss:.4f}" for source, loss in losses.items())
+        self.say(f"held-out loss at step {self.state.step}: {shown}")
+
+    def _save(self, must_succeed: bool) -> None:
+        if self.saved_step == self.state.step:
+            return
+        checkpoint = self.options.checkpoint
+        self.state.scaler = store.scaler_state(self.engine)
+        self.state.loss_scale = self.engine.loss_scale()
+        self.state.epoch = self.loader.order.epoch_of(self.state.samples)
+        self.state.schedule = self._schedule()
+        self.state.options = self.options.to_dict()
+        try:
+            path = store.save(
+                self.engine, self.state, self.tokenizer, checkpoint.save_dir, checkpoint.keep_last
+            )
+        except RunError as error:
+            if must_succeed:
+                raise
+            # A full disk now may have room at the next interval: losing the run helps nobody.
+            self.say(f"warning: {error} Training goes on; the next save is tried as planned.")
+            return
+        self.saved_step = self.state.step
+        self.say(f"saved {path}")
+
+    def _schedule(self) -> dict[str, Any]:
+        return {
+            "kind": "linear warm-up, cosine to 10%",
+            "lr": self.options.training.lr,
+            "warmup_steps": self.plan.warmup_steps,
+            "num_steps": self.plan.num_steps,
+            "last_step": self.state.step,
+        }
+
+    @contextlib.contextmanager
+    def _profiler(self) -> Iterator[Any]:
+        """Yields what to call after every step; traces START..STOP-1 into save_dir/profile."""
+        if self.options.report.profile is None:
+            yield lambda: None
+            return
+        start, stop = (int(part) for part in self.options.report.profile.split(":"))
+        folder = Path(self.options.checkpoint.save_dir) / "profile"
+
+        def write(profile: Any) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"rank-{dist.get_rank():05d}.json"
+            profile.export_chrome_trace(str(path))
+            self.say(f"trace of steps {start} to {stop - 1}: {path}")
+
+        # Steps count from 1: the profiler waits for those before START, of which one warms it up.
+        quiet = max(0, start - 1 - self.state.step)
+        with torch.profiler.profile(
+            schedule=torch.profiler.schedule(
+                wait=max(0, quiet - 1), warmup=min(1, quiet), active=stop - start, repeat=1
+            ),
+            on_trace_ready=write,
+        ) as profile:
+            yield profile.step
+
+    def _finish(self, request: Request) -> None:
+        save_dir = self.options.checkpoint.save_dir
+        self.sink.close()
+        self.memory_mb = max(self.memory_mb, self._peak_memory_mb())
+        if self.clock.steps and not self.timed_samples:
+            self.timed_samples = self.clock.steps * self.plan.global_batch
+            self.timed_seconds = self.clock.elapsed()
+        rate = self.timed_samples / self.timed_seconds if self.timed_seconds else None
+        tflops = None
+        if rate is not None:
+            tflops = flops.tflops_per_gpu(
+                self.flops_per_token, rate * self.plan.max_length, self.engine.layout.world_size
+            )
+        newest = store.step_directory(save_dir, self.saved_step or self.state.step)
+        if request.leave:
+            self.say(f"stopped after step {self.state.step} as asked")
+        self.say("next:")
+        self.say("  resume      the same command with --load auto")
+        self.say(f"  curves      tensorboard --logdir {self.options.report.tensorboard_dir}")
+        self.say(f"  try it      python -m llama_lib generate {newest} --prompt 'Once'")
+        self.say(final_line(self.memory_mb, rate, tflops))
+
+    def say(self, text: str) -> None:
+        """One line on the console of rank 0 and in every rank's log file."""
+        logger.info("%s", text)
+        self.console.write(text)

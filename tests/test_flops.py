@@ -1,0 +1,125 @@
+"""FLOP formulas against torch's own counter on real models, and against published rows."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama_lib import flops
+from llama_lib.models import MODELS
+
+BATCH, SEQUENCE = 2, 24
+
+
+def config(**changes) -> LlamaConfig:
+    shape = {
+        "vocab_size": 72,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "attn_implementation": "eager",
+        "use_cache": False,
+    }
+    return LlamaConfig(**(shape | changes))
+
+
+def counted(model: LlamaForCausalLM) -> int:
+    """FLOPs of a forward and backward pass, without the outer product that makes rotary angles."""
+    ids = torch.randint(0, model.config.vocab_size, (BATCH, SEQUENCE))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    with FlopCounterMode(display=False) as rotary:
+        model.model.rotary_emb(torch.zeros(1), torch.arange(SEQUENCE)[None])
+    return counter.get_total_flops() - rotary.get_total_flops()
+
+
+SHAPES = [
+    {},
+    {"tie_word_embeddings": True},
+    {"num_key_value_heads": 6},
+    {"num_key_value_heads": 1},
+    {"head_dim": 16},
+]
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_model_flops_are_what_torch_counts(changes):
+    shape = config(**changes)
+    expected = BATCH * SEQUENCE * flops.model_flops_per_token(shape, SEQUENCE)
+    assert counted(LlamaForCausalLM(shape)) == expected
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_hardware_flops_are_what_torch_counts(changes):
+    shape = config(**changes)
+    model = LlamaForCausalLM(shape).train()
+    # The reentrant kind recomputes a layer to its end; the other may stop before the last product.
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    expected = BATCH * SEQUENCE * flops.hardware_flops_per_token(shape, SEQUENCE, "full")
+    assert counted(model) == expected
+    without = flops.hardware_flops_per_token(shape, SEQUENCE, "none")
+    assert without == flops.model_flops_per_token(shape, SEQUENCE)
+
+
+@pytest.mark.parametrize("changes", [*SHAPES, {"attention_bias": True}, {"mlp_bias": True}])
+def test_parameters_are_those_of_the_model(changes):
+    shape = config(**changes)
+    model = LlamaForCausalLM(shape)
+    assert flops.num_parameters(shape) == sum(each.numel() for each in model.parameters())
+    linear = [each for each in model.modules() if isinstance(each, torch.nn.Linear)]
+    assert flops.matmul_parameters(shape) == sum(each.weight.numel() for each in linear)
+
+
+def test_causal_counts_half_of_the_attention():
+    shape = MODELS["7b"]()
+    full = flops.model_flops_per_token(shape, 4096)
+    causal = flops.causal_flops_per_token(shape, 4096)
+    assert full - causal == 6 * 32 * 4096 * 4096
+    # The orders of magnitude that the field quotes for this model at this length.
+    assert full / 1e9 == pytest.approx(46.1, abs=0.05)
+    assert causal / 1e9 == pytest.approx(42.9, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("model", "sequence", "gpus", "samples_per_second", "formula", "published"),
+    [
+        ("7b", 4096, 32, 24.26, "colossalai_8n", 167.4),
+        ("65b", 2048, 32, 5.29, "colossalai_8n", 176.8),
+        ("7b", 4096, 8, 17.13, "megatron_2021", 534.18),
+    ],
+)
+def test_published_rows(model, sequence, gpus, samples_per_second, formula, published):
+    shape = MODELS[model]()
+    if formula == "colossalai_8n":
+        per_token = flops.colossalai_8n(shape, checkpointing=True)
+    else:
+        per_token = flops.megatron_2021(shape, sequence, checkpointing=True)
+    # The published rate has two decimals, so the product is known to 0.2% at best.
+    assert flops.tflops_per_gpu(per_token, samples_per_second * sequence, gpus) == pytest.approx(
+        published, rel=5e-4
+    )
+
+
+def test_legacy_formulas_without_checkpointing():
+    shape = MODELS["7b"]()
+    assert flops.colossalai_8n(shape, False) == 6 * 6_738_415_616
+    with_it = flops.megatron_2021(shape, 4096, True)
+    assert flops.megatron_2021(shape, 4096, False) == pytest.approx(with_it * 3 / 4)
+
+
+def test_utilization_is_known_or_none():
+    assert flops.peak_tflops("NVIDIA H200", "bf16") == 989.4
+    assert flops.peak_tflops("NVIDIA A800-SXM4-80GB", "fp16") == 312
+    assert flops.model_flops_utilization(494.7, "NVIDIA H200", "bf16") == pytest.approx(0.5)
+    for device, precision in [
+        ("NVIDIA H20", "bf16"),
+        ("NVIDIA H200 NVL", "bf16"),
+        ("cpu", "bf16"),
+        ("NVIDIA H200", "fp32"),
+        ("Tesla V100-SXM2-32GB", "bf16"),
+    ]:
+        assert flops.model_flops_utilization(100.0, device, precision) is None
+    assert flops.peak_tflops("Tesla V100-SXM2-32GB", "fp16") == 125
