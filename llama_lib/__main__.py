@@ -15,8 +15,8 @@ COMMANDS = {
     "prepare": ("llama_lib.data.prepare:main", "tokenise text into a prepared dataset"),
     "inspect": ("llama_lib.data.inspect:main", "show a prepared dataset"),
     "verify": ("llama_lib.checkpoint.verify:main", "check a checkpoint's files, names and shapes"),
-    "generate": ("llama_lib.evaluate:generate_main", "continue a prompt with a checkpoint"),
-    "evaluate": ("llama_lib.evaluate:evaluate_main", "loss of a checkpoint on held-out text"),
+    "generate": ("llama_lib.inference:generate_main", "continue a prompt with a checkpoint"),
+    "evaluate": ("llama_lib.inference:evaluate_main", "loss of a checkpoint on held-out text"),
 }
 
 

@@ -23,6 +23,24 @@ from llama_lib.trainer import Trainer
 
 logger = logging.getLogger("llama_lib")
 
+# What decides the meaning of a model's weights; other fields of a config may differ on resume.
+SHAPE_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "tie_word_embeddings",
+)
+
 
 def train(run: Run) -> int:
     """Train a checked run; returns the exit code of `Trainer.fit`."""
@@ -100,12 +118,7 @@ def _trainer(run: Run, engine: Engine, state: TrainerState) -> Trainer:
 
 def _facts(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """What must be equal for a checkpoint to be continued: the model's shape and the data."""
-    shape = {
-        key: value
-        for key, value in run.config.to_dict().items()
-        if key not in ("torch_dtype", "use_cache", "_name_or_path", "architectures")
-        and not key.startswith("transformers")
-    }
+    shape = {name: getattr(run.config, name, None) for name in SHAPE_FIELDS}
     data = {
         "tokenizer": run.dataset.tokenizer_hash,
         "manifest": run.dataset.manifest_hash,

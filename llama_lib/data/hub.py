@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from llama_lib.errors import UserError
 
+_REACHABLE_SECONDS = 10.0
 PARQUET_BRANCH = "refs/convert/parquet"
 
 # organisation/name or an old single name, with the configuration after a colon.
@@ -95,9 +96,10 @@ def hub_files(dataset: str) -> Found:
 
 def _data_files(name: str, entry: _DataFiles) -> Found:
     found: Found = []
+    local_only = not _is_reachable()
     for file in entry.files:
         try:
-            path = _download(name, file, "main")
+            path = _download(name, file, "main", local_only)
         except (_Missing, _Unreachable) as error:
             if isinstance(error, _Unreachable) and not _known_to_be_missing(name, file):
                 raise
@@ -148,7 +150,8 @@ def _any_dataset(name: str, config: str) -> Found:
         return _parquet_branch(name, config)
     except _Missing as error:
         raise UserError(
-            f"{name!r} cannot be had from the hub. Tried datasets.load_dataset: {first}. Tried "
+            f"{name!r} is no file or folder and cannot be had from the hub. Tried "
+            f"datasets.load_dataset: {first}. Tried "
             f"the branch {PARQUET_BRANCH}: {error}. Check the name, or convert the data once to "
             "jsonl or parquet with a `text` column and pass the files: -d path/to/*.jsonl."
         ) from error
@@ -171,11 +174,26 @@ def _list_files(name: str, revision: str) -> list[str]:
     return HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
 
 
-def _download(name: str, file: str, revision: str) -> Path:
+def _is_reachable() -> bool:
+    """One question with a short wait: the client asks six times, 23 s in all, for every file."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+    from requests.exceptions import RequestException
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_REACHABLE_SECONDS)
+    except (RequestException, OSError):
+        return False
+    return True
+
+
+def _download(name: str, file: str, revision: str, local_only: bool = False) -> Path:
     from huggingface_hub import hf_hub_download
 
     def call(name: str, file: str) -> str:
-        return hf_hub_download(name, file, repo_type="dataset", revision=revision)
+        return hf_hub_download(
+            name, file, repo_type="dataset", revision=revision, local_files_only=local_only
+        )
 
     return Path(_guarded(call, name, file))
 
@@ -199,7 +217,12 @@ def _guarded(call: Callable[[str, str], T], name: str, argument: str) -> T:
 
 def _cause(error: Exception, name: str) -> Exception:
     """Our view of a client's error: gated (UserError), not there, or not reachable."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
     from requests.exceptions import ConnectionError as NoConnection
     from requests.exceptions import Timeout
 
@@ -219,7 +242,7 @@ def _cause(error: Exception, name: str) -> Exception:
     ]
     if answers and answers[0] < 500:
         return _Missing(f"the hub answers {answers[0]} ({reason})")
-    lost = (NoConnection, Timeout, ConnectionError, OfflineModeIsEnabled)
+    lost = (NoConnection, Timeout, ConnectionError, OfflineModeIsEnabled, LocalEntryNotFoundError)
     if answers or any(isinstance(e, lost) for e in chain):
         return _Unreachable(reason)
     return _Missing(reason)

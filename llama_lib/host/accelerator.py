@@ -28,9 +28,6 @@ class HostAccelerator(CpuAccelerator):
         # The engine passes the answer on as `device=...`, so a device serves as CUDA's index does.
         return self.get_current_device()
 
-    def set_to_device(self, models: torch.nn.Module) -> torch.nn.Module:
-        return models
-
     def device_count(self) -> int:
         return 1
 

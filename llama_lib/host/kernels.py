@@ -46,9 +46,9 @@ def fused_adam(
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     for rows in _buckets(list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))):
         bucket_params = [row[0] for row in rows]
-        # The kernels read these two as fp32 tensors on the parameters' device.
-        scalar = {"dtype": torch.float32, "device": bucket_params[0].device}
-        at_step = torch.full((), step if bias_correction else NO_CORRECTION_STEP, **scalar)
+        # The kernels read step and scale as fp32 tensors on the parameters' device.
+        scalar = torch.ones((), dtype=torch.float32, device=bucket_params[0].device)
+        at_step = scalar * (step if bias_correction else NO_CORRECTION_STEP)
         kernel(
             bucket_params,
             # The fused kernels take one dtype for all four lists.
@@ -64,7 +64,7 @@ def fused_adam(
             eps=eps,
             amsgrad=False,
             maximize=False,
-            grad_scale=torch.full((), div_scale, **scalar) if div_scale > 0 else None,
+            grad_scale=scalar * div_scale if div_scale > 0 else None,
             found_inf=None,
         )
 

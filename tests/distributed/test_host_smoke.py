@@ -1,4 +1,4 @@
-"""Every plugin trains on CPU processes through the real Booster, and its losses are those of a plain loop."""
+"""Every plugin trains on CPU processes through the real Booster, and as a plain loop does."""
 
 import json
 import os
