@@ -5,6 +5,8 @@ value that bends from what the documentation promises says so in one line.
 """
 
 import os
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from llama_lib.data.once import once
 from llama_lib.data.order import RowOrder
 from llama_lib.data.prepare import PrepareRequest, prepare
 from llama_lib.data.prepared import PreparedDataset, is_prepared
+from llama_lib.data.sources import is_remote, resolve
 from llama_lib.data.tokenizer import load_tokenizer
 from llama_lib.errors import UserError
-from llama_lib.launch import has_accelerator, rank, world_size
+from llama_lib.launch import has_accelerator, world_size
 from llama_lib.layout import BatchPlan, Layout, layout_of, layout_problems, plan_batches
 from llama_lib.models import DEFAULT_TOKENIZERS, model_config
 from llama_lib.versions import check_versions
@@ -69,12 +72,18 @@ def preflight(options: Options) -> Run:
     """
     notes = check_versions(options.report.allow_untested_versions)
     source = options.model.model_path
-    model_folder = None if source is None else _model_folder(source, options.data.cache_dir)
     if source is not None and "config" in options.typed and options.script == "pretrain":
         notes.append("--config is ignored: --model_path brings the shape of its weights")
-    config = model_config(options.model.config if model_folder is None else str(model_folder))
-    notes += _bend_defaults(options, config)
-    _check(options, config)
+    problems = _setting_problems(options)
+    try:
+        model_folder = None if source is None else _model_folder(source, options.data.cache_dir)
+        config = model_config(options.model.config if model_folder is None else str(model_folder))
+        notes += _bend_defaults(options, config)
+        problems = _model_problems(options, config) + problems
+    except UserError as error:
+        problems = error.problems + problems
+    if problems:
+        raise UserError(problems + _local_data_problems(options))
     dataset, tokenizer = _prepare_data(options, config, model_folder)
     layout = layout_of(options, world_size())
     order = RowOrder(dataset.document_lengths, options.model.max_length, options.training.seed)
@@ -99,7 +108,8 @@ def _bend_defaults(options: Options, config: Any) -> list[str]:
     return notes
 
 
-def _check(options: Options, config: Any) -> None:
+def _model_problems(options: Options, config: Any) -> list[str]:
+    """What does not fit the model: layout, row length, global batch."""
     problems = layout_problems(options, world_size(), config)
     context = config.max_position_embeddings
     if options.model.max_length > context:
@@ -111,6 +121,17 @@ def _check(options: Options, config: Any) -> None:
         problems.append(
             f"--max_length {options.model.max_length} is not divisible by --sp {options.parallel.sp}."
         )
+    if not problems:
+        # With data beyond any limit only the numbers themselves can be wrong: they are refused
+        # here, not after hours of tokenising.
+        layout = layout_of(options, world_size())
+        problems += _problems_of(plan_batches, options, layout, options.model.max_length, 2**62)
+    return problems
+
+
+def _setting_problems(options: Options) -> list[str]:
+    """What is wrong whatever the model and the data are."""
+    problems = []
     if options.training.mixed_precision == "fp32" and options.parallel.plugin.startswith("gemini"):
         problems.append(
             f"-p {options.parallel.plugin} has no fp32 in ColossalAI; use -x bf16, or -p zero2."
@@ -122,14 +143,31 @@ def _check(options: Options, config: Any) -> None:
         )
     if options.report.sample_interval and options.parallel.sp_mode == "split_gather":
         problems.append("--sample_interval with --sp_mode split_gather is not tested.")
+    if options.training.seed >= 2**32:
+        problems.append(
+            f"--seed {options.training.seed} is too large: numpy takes seeds below 2^32 = {2**32}."
+        )
     problems += _folder_problems(options)
-    for check in (_check_load, _check_save_dir):
-        try:
-            check(options)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
+    problems += _problems_of(_check_load, options)
+    return problems + _problems_of(_check_save_dir, options)
+
+
+def _problems_of(check: Callable[..., Any], *args: Any) -> list[str]:
+    try:
+        check(*args)
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def _local_data_problems(options: Options) -> list[str]:
+    """Wrong files and folders, shown beside other problems; alone, `prepare` names them."""
+    cache_dir = Path(options.data.cache_dir).expanduser()
+    problems = []
+    for name in [*options.data.dataset, *(options.data.eval_data or ())]:
+        if name != "sample" and not is_prepared(name) and not is_remote(name):
+            problems += _problems_of(resolve, name, cache_dir)
+    return problems
 
 
 def _check_load(options: Options) -> None:
@@ -143,20 +181,20 @@ def _check_save_dir(options: Options) -> None:
 
 
 def _folder_problems(options: Options) -> list[str]:
-    """Folders the run writes to that it may not write to."""
+    """Folders the run writes to that it may not write to; nothing is left behind by asking."""
+    if options.report.dry_run:
+        return []
     problems = []
     for flag, folder in (
         ("--save_dir", options.checkpoint.save_dir),
         ("--tensorboard_dir", options.report.tensorboard_dir),
     ):
+        path = Path(folder).absolute()
+        existing = next(part for part in (path, *path.parents) if part.exists())
         try:
-            if options.report.dry_run:
-                continue
-            Path(folder).mkdir(parents=True, exist_ok=True)
             # As root every mode passes access(); a read-only file system still fails the write.
-            probe = Path(folder) / f".write-probe-{rank()}"
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=existing):
+                pass
         except OSError as error:
             problems.append(
                 f"{flag} {folder} cannot be written to ({error.strerror}); choose another folder."

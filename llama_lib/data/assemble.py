@@ -145,7 +145,8 @@ def _head(source: Source) -> list[str]:
     texts, characters = [], 0
     # Bad lines are met and named by the pass that counts them.
     for text in TextFile(source.files[0], skip_bad_lines=True):
-        texts.append(text[:_PROBE_CHARACTERS])
+        if text:
+            texts.append(text[:_PROBE_CHARACTERS])
         characters += len(text)
         if characters >= _PROBE_CHARACTERS:
             break

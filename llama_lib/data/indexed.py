@@ -52,7 +52,7 @@ class IndexedWriter:
             raise ValueError(f"{len(ids)} ids for documents of {int(lengths.sum())}")
         if len(lengths) and int(lengths.max()) >= 1 << 31:
             raise RunError("a document has 2^31 tokens or more, which the format cannot hold")
-        content = np.ascontiguousarray(ids, dtype=self.dtype).tobytes()
+        content = np.ascontiguousarray(ids, dtype=self.dtype).data
         self._bin.write(content)
         self._hash.update(content)
         self._sizes.write(lengths.astype("<i4").tobytes())

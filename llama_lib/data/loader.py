@@ -1,7 +1,8 @@
 """Batches of the global order for one data-parallel rank, built one step ahead.
 
-Invariant: step k holds samples k*G .. (k+1)*G-1 of the order, G the global batch in rows, whatever
-the number of ranks and accumulation steps; nothing but the step number decides a batch.
+Invariant: step k holds samples k*G .. (k+1)*G-1 of the order, G the global batch in rows, counted
+from `first_sample`, whatever the number of ranks and accumulation steps; nothing but the step
+number decides a batch.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ class BatchLoader:
     """Rows of `max_length` ids, and the micro-batches of every step for one rank.
 
     `first_sample` is the sample step 0 would begin with: 0, unless a run was resumed with another
-    global batch. `data_wait` is the time in seconds the caller of `steps` waited for its latest step.
+    global batch. `data_wait` is how many seconds the caller of `steps` waited for its latest step.
     """
 
     def __init__(
@@ -52,15 +53,6 @@ class BatchLoader:
         self.first_sample = first_sample
         self.batch_size = global_batch // share
         self.data_wait = 0.0
-
-    def num_steps(self, num_epochs: int) -> int:
-        """Whole global batches in so many epochs; the rest of an epoch begins the next."""
-        return self.order.num_rows(num_epochs) // self.global_batch
-
-    def dropped_tokens(self, num_epochs: int) -> int:
-        """Tokens at the end of so many epochs that fill no global batch."""
-        used = self.num_steps(num_epochs) * self.global_batch * self.order.max_length
-        return num_epochs * self.order.num_tokens - used
 
     def samples(self, step: int) -> list[range]:
         """Samples of each micro-batch of this rank; step counts from 0."""

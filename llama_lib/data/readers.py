@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,9 +57,14 @@ class TextFile:
         self.path = path
         self.skip_bad_lines = skip_bad_lines
         self.size = path.stat().st_size
-        self.position = 0
         self.bad = 0
+        self._tell: Callable[[], int] = lambda: 0
         self._last_bad = ""
+        self._row = 0
+
+    @property
+    def position(self) -> int:
+        return self._tell()
 
     def __iter__(self) -> Iterator[str]:
         kind = file_format(self.path)
@@ -78,6 +83,8 @@ class TextFile:
                 yield text
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{self.path} cannot be read: {error}.") from error
+        finally:
+            self._tell = lambda: self.size
         if not records and self.bad:
             raise UserError(
                 f"{self.path}: all {self.bad} records are bad; the last one: {self._last_bad}. "
@@ -88,8 +95,8 @@ class TextFile:
 
     def _json_lines(self) -> Iterator[str]:
         with self.path.open("rb") as raw, _decompressed(self.path, raw) as stream:
+            self._tell = raw.tell
             for number, line in enumerate(stream, start=1):
-                self.position = raw.tell()
                 if not line.strip():
                     continue
                 try:
@@ -105,8 +112,8 @@ class TextFile:
             yield from self._json_lines()
             return
         with self.path.open("rb") as raw, _decompressed(self.path, raw) as stream:
+            self._tell = raw.tell
             for number, value in self._json_values(io.TextIOWrapper(stream, "utf-8-sig")):
-                self.position = raw.tell()
                 try:
                     yield _text_of(value)
                 except _BadRecord as bad:
@@ -165,7 +172,9 @@ class TextFile:
             with pq.ParquetFile(self.path) as file:
                 self._check_columns(file.schema_arrow)
                 batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=["text"])
-                yield from self._column(batches, file.metadata.num_rows)
+                rows = max(file.metadata.num_rows, 1)
+                self._tell = lambda: self.size * self._row // rows
+                yield from self._column(batches)
         except pa.ArrowException as error:
             raise UserError(f"{self.path} is damaged, or no parquet file: {error}") from error
 
@@ -175,9 +184,8 @@ class TextFile:
         try:
             with self.path.open("rb") as raw, pa.ipc.open_stream(raw) as stream:
                 self._check_columns(stream.schema)
-                for text in self._column(stream, 0):
-                    self.position = raw.tell()
-                    yield text
+                self._tell = raw.tell
+                yield from self._column(stream)
         except pa.ArrowException as error:
             raise UserError(f"{self.path} is damaged, or no arrow stream: {error}") from error
 
@@ -191,14 +199,12 @@ class TextFile:
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise UserError(f"{self.path}: the column `text` holds {kind}, expected strings.")
 
-    def _column(self, batches: Any, rows: int) -> Iterator[str]:
-        number = 0
+    def _column(self, batches: Any) -> Iterator[str]:
         for batch in batches:
             for text in batch.column(batch.schema.get_field_index("text")).to_pylist():
-                number += 1
-                self.position = self.size * number // max(rows, number)
+                self._row += 1
                 if text is None:
-                    self._reject("row", number, _BadRecord("`text` is null"))
+                    self._reject("row", self._row, _BadRecord("`text` is null"))
                 else:
                     yield text
 

@@ -70,7 +70,7 @@ class Encoder:
     @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes per token on the probes: what an estimate of the size goes by."""
-        return self._probe_bytes / max(self._probe_tokens, 1)
+        return max(self._probe_bytes, 1) / max(self._probe_tokens, 1)
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
         """Ids of all documents one after another, and the length of each, ends included."""

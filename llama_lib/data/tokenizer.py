@@ -89,7 +89,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    trained: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
+    trained: Any = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=_BEGIN,
         eos_token=_END,

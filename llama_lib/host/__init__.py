@@ -21,8 +21,9 @@ _active: list[str] | None = None
 # What ColossalAI warns about at import, said once by optional_packages().
 _OPTIONAL = {"apex": "fused RMSNorm", "tensornvme": "asynchronous checkpoint writing"}
 
-# Calls of ColossalAI 0.5.0 that torch 2.13 has newer names for: nothing a user could act on.
-_OUTDATED_CALLS = (
+# What torch 2.13 and Python 3.12 find outdated in ColossalAI 0.5.0: nothing a user could act on.
+_OUTDATED = (
+    "invalid escape sequence",
     "TypedStorage is deprecated",
     "`torch.distributed.reduce_scatter_tensor` is deprecated",
     "`torch.distributed.all_gather_into_tensor` is deprecated",
@@ -95,7 +96,7 @@ def _share_memory_among_local_processes() -> None:
 def _quiet_warnings() -> None:
     for package in _OPTIONAL:
         warnings.filterwarnings("ignore", message=rf"Please install .*{package}")
-    for message in _OUTDATED_CALLS:
+    for message in _OUTDATED:
         warnings.filterwarnings("ignore", message=re.escape(message))
 
 

@@ -1,4 +1,4 @@
-"""A server on loopback that speaks as much of the Hugging Face hub's protocol as its clients ask."""
+"""A server on loopback that speaks as much of the hub's protocol as its clients ask for."""
 
 import hashlib
 import json

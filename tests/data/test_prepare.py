@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from llama_lib.data import assemble, prepare as prepare_module
+from llama_lib.data import assemble
+from llama_lib.data import prepare as prepare_module
 from llama_lib.data.inspect import main as inspect_main
 from llama_lib.data.once import once
 from llama_lib.data.prepare import PrepareRequest, main, prepare
 from llama_lib.data.prepared import PreparedDataset, unigram_entropy
 from llama_lib.errors import RunError, UserError
-from tests.data.conftest import WriteJsonl
 
 REDPAJAMA = Path(__file__).parents[3] / "shared" / "data" / "redpajama"
 
@@ -306,10 +306,9 @@ def test_one_of_two_processes_prepares_and_the_other_waits(
 def test_killed_preparer_leaves_nothing_finished_and_the_next_starts_over(
     tmp_path, tokenizer_path, request_for
 ) -> None:
-    # The end of the text comes from a pipe that stays open: the preparer cannot finish.
     path = tmp_path / "a.jsonl"
     with path.open("w") as file:
-        for number in range(400_000):
+        for number in range(60_000):
             file.write(json.dumps({"text": f"document {number} " * 8}) + "\n")
     process = started(path, tokenizer_path, tmp_path, "--eval_ratio", "0.1")
     deadline = time.monotonic() + 60
@@ -326,7 +325,7 @@ def test_killed_preparer_leaves_nothing_finished_and_the_next_starts_over(
     prepare(request_for(path, cache_dir=tmp_path / "c", output=tmp_path / "b", eval_ratio=0.1))
     assert files_of(out) == files_of(tmp_path / "b")
     assert dataset.held_out is not None
-    assert dataset.num_documents + dataset.held_out.num_documents == 400_000
+    assert dataset.num_documents + dataset.held_out.num_documents == 60_000
 
 
 @pytest.mark.skipif(not REDPAJAMA.is_dir(), reason="needs the shared RedPajama samples")
