@@ -6,6 +6,7 @@ the plugin, the layout, the accumulation and the micro-batches; nothing non-fini
 
 import contextlib
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_lib.attention import flash_kernel, use_flash_attention
 from llama_lib.config import Options
 from llama_lib.layout import Layout
 from llama_lib.optim import build_optimizer, parameter_names
 from llama_lib.plugins import Setting, build_plugin, data_parallel_rank, supports_lazy_init
+
+logger = logging.getLogger("llama_lib")
 
 IGNORED = -100
 
@@ -135,6 +139,10 @@ class Engine:
         model = build_model(
             config, self.dtype, options.training.seed, device, supports_lazy_init(layout)
         )
+        if options.model.flash_attention:
+            logger.info("attention kernel: %s", flash_kernel())
+            if layout.plugin != "hybrid_parallel":
+                use_flash_attention(model)
         if options.model.gradient_checkpoint:
             # Non-reentrant recomputation keeps the graph that ColossalAI's hooks need.
             model.gradient_checkpointing_enable({"use_reentrant": False})

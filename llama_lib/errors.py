@@ -19,7 +19,7 @@ class RunError(LlamaLibError):
 class UserError(LlamaLibError):
     """The user asked for something that cannot be done as asked (exit code 2).
 
-    Takes one message or several; several are shown together, so a configuration is mended in one go.
+    Takes one message or several: several are shown together, so that one edit mends them all.
     """
 
     exit_code = 2

@@ -5,6 +5,7 @@ Invariant: neither reads or moves the training stream's data position or random 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from llama_lib.data.prepared import PreparedDataset
+from llama_lib.data.prepared import PreparedDataset, unigram_entropy
 from llama_lib.engine import IGNORED, Engine, MicroBatch
 from llama_lib.layout import BatchPlan
 
@@ -32,6 +33,11 @@ class HeldOut:
 
     dataset: PreparedDataset
     max_length: int
+
+    @cached_property
+    def entropy(self) -> float:
+        """Unigram entropy in nats per token: the loss of the best model that ignores context."""
+        return unigram_entropy(self.dataset)
 
     def rows(self, source: str) -> Iterator[tuple[Rows, int]]:
         """(ids [max_length], how many of them are text) of one source, the last row padded."""

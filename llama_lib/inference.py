@@ -11,8 +11,9 @@ from typing import Any
 
 from llama_lib.checkpoint.manifest import MANIFEST, step_directories
 from llama_lib.data.prepare import PrepareRequest, prepare
-from llama_lib.data.prepared import PreparedDataset, is_prepared
-from llama_lib.errors import UserError
+from llama_lib.data.prepared import PreparedDataset
+from llama_lib.data.tokenizer import DEFAULT_CACHE_DIR, load_tokenizer
+from llama_lib.errors import RunError, UserError
 
 
 def model_folder(path: str) -> Path:
@@ -37,14 +38,29 @@ def model_folder(path: str) -> Path:
 
 
 def load_model(path: str) -> tuple[Any, Any]:
-    """(model in evaluation mode on the GPU if there is one, tokenizer) of a checkpoint."""
+    """(model in evaluation mode on the GPU if there is one, tokenizer) of a checkpoint.
+
+    Raises:
+        UserError: there is no model, tokenizer or safetensors file.
+        RunError: a file of the model is damaged.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
 
     folder = model_folder(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto", use_safetensors=True)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, torch_dtype="auto", use_safetensors=True
+        )
+    except SafetensorError as error:
+        raise RunError(
+            f"{folder} is damaged ({error}); python -m llama_lib verify names the files."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval(), load_tokenizer(str(folder))
 
 
 def generate_main(argv: list[str]) -> int:
@@ -65,11 +81,14 @@ def generate_main(argv: list[str]) -> int:
 
     model, tokenizer = load_model(arguments.checkpoint)
     torch.manual_seed(arguments.seed)
-    inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
+    ids = tokenizer(arguments.prompt)["input_ids"]
+    # Training puts EOS between documents, so after it the model begins one.
+    inputs = torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)
     sampling = arguments.temperature > 0
     with torch.no_grad():
         output = model.generate(
-            **inputs.to(model.device),
+            inputs,
+            attention_mask=torch.ones_like(inputs),
             max_new_tokens=arguments.max_new_tokens,
             do_sample=sampling,
             temperature=arguments.temperature if sampling else None,
@@ -88,20 +107,32 @@ def evaluate_main(argv: list[str]) -> int:
     parser.add_argument("-l", "--max_length", type=int, help="default: the model's context")
     parser.add_argument("-b", "--batch_size", type=int, default=4, help="default 4")
     parser.add_argument("--max_batches", type=int, help="per source; default: all")
-    parser.add_argument("--cache_dir", default="~/.cache/llama_lib")
+    parser.add_argument(
+        "--cache_dir", default=DEFAULT_CACHE_DIR, help="where text is kept once tokenised"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.batch_size < 1 or (
+        arguments.max_batches is not None and arguments.max_batches < 1
+    ):
+        raise UserError("--batch_size and --max_batches must be at least 1.")
     folder = model_folder(arguments.checkpoint)
-    prepared = [name for name in arguments.dataset if is_prepared(name)]
+    model, _ = load_model(str(folder))
+    context = model.config.max_position_embeddings
+    length = context if arguments.max_length is None else arguments.max_length
+    if not 2 <= length <= context:
+        raise UserError(
+            f"--max_length: got {length}, expected 2 to {context}, the model's context."
+        )
+    # The tokenizer is given for prepared data too, which is refused if another one made it.
     dataset = prepare(
         PrepareRequest(
             datasets=arguments.dataset,
-            tokenizer=None if prepared else str(folder),
+            tokenizer=str(folder),
             eval_ratio=0.0,
             cache_dir=arguments.cache_dir,
+            vocab_size=model.config.vocab_size,
         )
     )
-    model, _ = load_model(str(folder))
-    length = arguments.max_length or model.config.max_position_embeddings
     total, labels = 0.0, 0
     for source in dataset.sources:
         part, count = _loss(

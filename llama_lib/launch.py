@@ -3,12 +3,16 @@
 Invariant: the launcher's environment is only completed, never overridden.
 """
 
+import ipaddress
 import os
 import socket
 
 import torch
 
 from llama_lib.errors import UserError
+
+# A run whose meeting point has one of these names cannot be on several hosts.
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 def world_size() -> int:
@@ -42,6 +46,45 @@ def has_accelerator() -> bool:
     return torch.cuda.is_available()
 
 
+def network_problems() -> list[str]:
+    """Why the processes of other hosts could not reach those of this one.
+
+    gloo, which with GPUs still carries the requests to save or stop, offers its peers the address
+    that this host's own name has. Where that is a loopback address (127.0.1.1 on a fresh Debian)
+    the peers try in vain for minutes and end with "connectFullMesh failed".
+    """
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    one_host = world_size() <= local_processes or os.environ.get("MASTER_ADDR") in LOCAL_NAMES
+    if one_host or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return []
+    name = socket.gethostname()
+    address = _address_of(name)
+    if address is not None and not ipaddress.ip_address(address).is_loopback:
+        return []
+    meaning = "has no address of its own here" if address is None else f"means {address} here"
+    return [
+        f"the name of this host, {name}, {meaning}, so the other hosts cannot reach it; set "
+        "GLOO_SOCKET_IFNAME to the network interface that leads to them (`ip -br address` lists "
+        f"all), or give {name} its network address in /etc/hosts."
+    ]
+
+
+def _address_of(name: str) -> str | None:
+    """The first address of `name` that a server can be bound to: gloo's rule."""
+    try:
+        candidates = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        return None
+    for family, kind, protocol, _, address in candidates:
+        try:
+            with socket.socket(family, kind, protocol) as server:
+                server.bind(address)
+        except OSError:
+            continue
+        return str(address[0])
+    return None
+
+
 def start_process_group(seed: int) -> torch.device:
     """Install the host layer, join the process group and say which device this rank computes on.
 
@@ -69,12 +112,13 @@ def start_process_group(seed: int) -> torch.device:
 
 
 def _share_cores() -> None:
-    """Divide the cores among the processes of this host.
+    """Divide the cores among the processes of this host, unless the user chose.
 
-    torchrun sets OMP_NUM_THREADS to 1 for several processes, which leaves most cores idle; a number
-    above 1 was chosen by the user and stands.
+    torchrun itself sets OMP_NUM_THREADS to 1 for several processes, which leaves most cores idle;
+    any other value can only come from the user.
     """
-    if int(os.environ.get("OMP_NUM_THREADS", "1")) > 1:
-        return
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads and (local_processes == 1 or threads != "1"):
+        return
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))

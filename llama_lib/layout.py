@@ -1,4 +1,4 @@
-"""How processes are arranged (data, tensor, pipeline, sequence parallel) and how a global batch is cut.
+"""How processes are arranged and how a global batch is cut.
 
 Invariant: every combination that reaches ColossalAI has passed `layout_problems`, so what this
 project has not tested is refused here, by name, before anything expensive starts.
@@ -175,7 +175,8 @@ def _hybrid_problems(
             )
         if parallel.sp not in (1, layout.tp):
             problems.append(
-                f"--sp_mode split_gather takes its size from --tp {layout.tp}; got --sp {parallel.sp}."
+                f"--sp_mode split_gather takes its size from --tp {layout.tp}; "
+                f"got --sp {parallel.sp}."
             )
     if parallel.sp_mode == "all_to_all":
         if layout.sp == 1:

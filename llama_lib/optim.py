@@ -1,7 +1,7 @@
 """AdamW parameter groups and the learning-rate schedule.
 
-Invariant: parameter k of the optimizer is always the same named parameter, whatever plugin shards it,
-so optimizer state is stored by name (`parameter_names`).
+Invariant: parameter k of the optimizer is always the same named parameter, whatever plugin shards
+it, so optimizer state is stored by name (`parameter_names`).
 """
 
 import math

@@ -1,7 +1,7 @@
 """The five Booster plugins: name -> builder.
 
-Invariant: every plugin clips, uses the run's precision, starts its loss scale at 2^16 and reads data
-by data-parallel rank; ColossalAI's own defaults (no clipping, scale 2^32 in zero2) never apply.
+Invariant: every plugin clips, uses the run's precision, starts its loss scale at 2^16 and reads
+data by data-parallel rank; ColossalAI's own defaults (no clipping, scale 2^32) never apply.
 """
 
 import math
@@ -19,7 +19,7 @@ INITIAL_SCALE = 2**16
 
 # Gemini keeps a model smaller than one minimal chunk whole on every rank, and then multiplies
 # accumulated gradients by the number of ranks; a minimal chunk of an eighth of the model always
-# shards. 32 Mi elements is ColossalAI's default and the upper bound; 4 Mi instead of 32 on a model of
+# shards. 32 Mi elements, ColossalAI's default, is the upper bound; 4 Mi instead of 32 on a model of
 # 50M parameters also copies less (1.26 s a step on a CPU against 1.59 s).
 MIN_CHUNKS = 8
 MAX_CHUNK_MEBI = 32

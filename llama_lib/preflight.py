@@ -13,14 +13,16 @@ from typing import Any
 
 from llama_lib.checkpoint.manifest import check_load_argument, refuse_occupied
 from llama_lib.config import Options
+from llama_lib.data.hub import is_hub_name
 from llama_lib.data.once import once
 from llama_lib.data.order import RowOrder
 from llama_lib.data.prepare import PrepareRequest, prepare
 from llama_lib.data.prepared import PreparedDataset, is_prepared
-from llama_lib.data.sources import is_remote, resolve
+from llama_lib.data.readers import file_format
+from llama_lib.data.sources import resolve
 from llama_lib.data.tokenizer import load_tokenizer
 from llama_lib.errors import UserError
-from llama_lib.launch import has_accelerator, world_size
+from llama_lib.launch import has_accelerator, network_problems, world_size
 from llama_lib.layout import BatchPlan, Layout, layout_of, layout_problems, plan_batches
 from llama_lib.models import DEFAULT_TOKENIZERS, model_config
 from llama_lib.versions import check_versions
@@ -119,7 +121,8 @@ def _model_problems(options: Options, config: Any) -> list[str]:
         )
     if options.parallel.sp_mode and options.model.max_length % max(1, options.parallel.sp):
         problems.append(
-            f"--max_length {options.model.max_length} is not divisible by --sp {options.parallel.sp}."
+            f"--max_length {options.model.max_length} is not divisible by --sp "
+            f"{options.parallel.sp}."
         )
     if not problems:
         # With data beyond any limit only the numbers themselves can be wrong: they are refused
@@ -131,7 +134,7 @@ def _model_problems(options: Options, config: Any) -> list[str]:
 
 def _setting_problems(options: Options) -> list[str]:
     """What is wrong whatever the model and the data are."""
-    problems = []
+    problems = network_problems()
     if options.training.mixed_precision == "fp32" and options.parallel.plugin.startswith("gemini"):
         problems.append(
             f"-p {options.parallel.plugin} has no fp32 in ColossalAI; use -x bf16, or -p zero2."
@@ -141,6 +144,8 @@ def _setting_problems(options: Options) -> list[str]:
             "-a asks for ColossalAI's flash attention kernel, which needs a GPU; without -a "
             "attention is torch's SDPA."
         )
+    if options.parallel.microbatch_size and options.parallel.plugin != "hybrid_parallel":
+        problems.append("--microbatch_size belongs to -p hybrid_parallel with --pp above 1.")
     if options.report.sample_interval and options.parallel.sp_mode == "split_gather":
         problems.append("--sample_interval with --sp_mode split_gather is not tested.")
     if options.training.seed >= 2**32:
@@ -165,7 +170,9 @@ def _local_data_problems(options: Options) -> list[str]:
     cache_dir = Path(options.data.cache_dir).expanduser()
     problems = []
     for name in [*options.data.dataset, *(options.data.eval_data or ())]:
-        if name != "sample" and not is_prepared(name) and not is_remote(name):
+        path = Path(name)
+        on_the_hub = not path.exists() and is_hub_name(name) and file_format(path) is None
+        if name != "sample" and not is_prepared(name) and not on_the_hub:
             problems += _problems_of(resolve, name, cache_dir)
     return problems
 
@@ -190,7 +197,7 @@ def _folder_problems(options: Options) -> list[str]:
         ("--tensorboard_dir", options.report.tensorboard_dir),
     ):
         path = Path(folder).absolute()
-        existing = next(part for part in (path, *path.parents) if part.exists())
+        existing = next(part for part in (path, *path.parents) if os.path.exists(part))
         try:
             # As root every mode passes access(); a read-only file system still fails the write.
             with tempfile.TemporaryFile(dir=existing):
@@ -239,19 +246,21 @@ def _prepare_data(
     options: Options, config: Any, model_folder: Path | None
 ) -> tuple[PreparedDataset, Any]:
     data = options.data
-    dataset = prepare(
-        PrepareRequest(
-            datasets=data.dataset,
-            tokenizer=tokenizer_name(options, model_folder),
-            eval_data=data.eval_data or (),
-            eval_ratio=data.eval_ratio,
-            cache_dir=data.cache_dir,
-            seed=options.training.seed,
-            workers=data.workers,
-            skip_bad_lines=data.skip_bad_lines,
-            vocab_size=config.vocab_size,
-        )
+    request = PrepareRequest(
+        datasets=data.dataset,
+        tokenizer=tokenizer_name(options, model_folder),
+        eval_data=data.eval_data or (),
+        eval_ratio=data.eval_ratio,
+        cache_dir=data.cache_dir,
+        seed=options.training.seed,
+        workers=data.workers,
+        skip_bad_lines=data.skip_bad_lines,
+        vocab_size=config.vocab_size,
     )
+    try:
+        dataset = prepare(request)
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: no permission to use it; change its mode.") from None
     return dataset, load_tokenizer(str(dataset.tokenizer_path), data.cache_dir)
 
 

@@ -8,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from llama_lib import host
 from llama_lib.checkpoint import store
+from llama_lib.checkpoint.manifest import set_aside_newer
 from llama_lib.checkpoint.store import TrainerState
 from llama_lib.config import dump_yaml
 from llama_lib.data.loader import BatchLoader
@@ -44,28 +47,32 @@ SHAPE_FIELDS = (
 
 def train(run: Run) -> int:
     """Train a checked run; returns the exit code of `Trainer.fit`."""
+    device = start_process_group(run.options.training.seed)
+    code = _train(run, device)
+    # Only here: after an error other ranks may be gone, and leaving the group in order would hang.
+    dist.destroy_process_group()
+    return code
+
+
+def _train(run: Run, device: torch.device) -> int:
     options = run.options
-    device = start_process_group(options.training.seed)
-    try:
-        _open_log(options.checkpoint.save_dir)
-        _check_same_data(run)
-        say = _say if dist.get_rank() == 0 else logger.info
-        state, checkpoint = _starting_point(run, say)
-        if state.step >= run.plan.num_steps:
-            say(f"step {state.step} of {run.plan.num_steps} is done already: nothing to train.")
-            return 0
-        if dist.get_rank() == 0:
-            dump_yaml(options, Path(options.checkpoint.save_dir) / "specs.yaml")
-        for line in run.notes + run.describe():
-            say(line)
-        engine = Engine(options, run.layout, run.config, device, run.plan.accumulation)
-        if checkpoint is not None:
-            store.load(engine, checkpoint, state)
-        elif run.model_folder is not None:
-            store.load_weights(engine, run.model_folder, "--model_path")
-        return _trainer(run, engine, state).fit()
-    finally:
-        dist.destroy_process_group()
+    _open_log(options.checkpoint.save_dir)
+    _check_same_data(run)
+    say = _say if dist.get_rank() == 0 else logger.info
+    state, checkpoint = _starting_point(run, say)
+    if state.step >= run.plan.num_steps:
+        say(f"step {state.step} of {run.plan.num_steps} is done already: nothing to train.")
+        return 0
+    if dist.get_rank() == 0:
+        dump_yaml(options, Path(options.checkpoint.save_dir) / "specs.yaml")
+    for line in filter(None, [host.optional_packages(), *run.notes, *run.describe()]):
+        say(line)
+    engine = Engine(options, run.layout, run.config, device, run.plan.accumulation)
+    if checkpoint is not None:
+        store.load(engine, checkpoint, state)
+    elif run.model_folder is not None:
+        store.load_weights(engine, run.model_folder, "--model_path")
+    return _trainer(run, engine, state).fit()
 
 
 def _say(text: str) -> None:
@@ -146,6 +153,9 @@ def _starting_point(run: Run, say: Any) -> tuple[TrainerState, Path | None]:
     _refuse_other_run(checkpoint, state, model, data)
     for line in option_differences(state.options, options.to_dict()):
         say(line)
+    if dist.get_rank() == 0:
+        for line in set_aside_newer(options.checkpoint.save_dir, state.step):
+            say(line)
     run.plan = continued_plan(run, state)
     say(
         f"resumed {checkpoint} at step {state.step}: {state.samples:,} samples and "

@@ -8,9 +8,7 @@ import contextlib
 import logging
 import math
 import resource
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +27,13 @@ from llama_lib.evaluate import HeldOut, held_out_losses, sample_text
 from llama_lib.layout import BatchPlan
 from llama_lib.metrics import Console, MetricsSink, StepRecord, final_line
 from llama_lib.optim import learning_rate, set_learning_rate
+from llama_lib.timing import Stopwatch
 
 # One bad batch or a loss scale still settling is normal; ten in a row never recovered by itself in
 # the reports of users whose runs went on with NaN weights for hours.
 MAX_NONFINITE_STEPS = 10
 
 logger = logging.getLogger("llama_lib")
-
-
-@dataclass
-class Clock:
-    """Time spent training since the last logged step; evaluation and saving are left out."""
-
-    start: float
-    excluded: float = 0.0
-    data_wait: float = 0.0
-    steps: int = 0
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.start - self.excluded
 
 
 class Trainer:
@@ -57,7 +43,6 @@ class Trainer:
         loader: gives the micro-batches of this rank; its step counts from 0.
         state: where the run stands; step 0 for a fresh one.
         held_out: what `eval_interval` measures, or None.
-        description: facts stored with every checkpoint (model, data, schedule).
     """
 
     def __init__(
@@ -76,7 +61,7 @@ class Trainer:
         self.labels_per_step = plan.global_batch * (plan.max_length - 1)
         self.nonfinite_steps = 0
         self.saved_step = state.step if state.step else None
-        self.timed_samples, self.timed_seconds = 0, 0.0
+        self.first_step = state.step + 1
         self.memory_mb = 0.0
         self.console = Console(plan.num_steps, state.step, self.is_main)
         self.sink = MetricsSink(options.report.tensorboard_dir, state.step + 1, self.is_main)
@@ -95,7 +80,7 @@ class Trainer:
         """
         requests = Requests(self.options.checkpoint.save_dir)
         request = Request()
-        self.clock = Clock(time.perf_counter())
+        self.watch = Stopwatch(self.engine.device)
         batches = self.loader.steps(self.state.step, self.plan.num_steps)
         try:
             with self._profiler() as profiler:
@@ -117,7 +102,7 @@ class Trainer:
     def train_step(self, rows: list[Any]) -> None:
         step = self.state.step + 1
         batches = [self._micro_batch(part) for part in rows]
-        if self.saved_step is None and step == 1:
+        if step == self.first_step:
             self._check_replicas(rows)
         lr = learning_rate(
             step, self.plan.num_steps, self.plan.warmup_steps, self.options.training.lr
@@ -140,8 +125,7 @@ class Trainer:
         self.state.step += 1
         self.state.samples += self.plan.global_batch
         self.state.tokens += self.plan.tokens_per_step
-        self.clock.steps += 1
-        self.clock.data_wait += self.loader.data_wait
+        self.watch.step_done(self.loader.data_wait)
         self.console.advance()
 
     def after_step(self, request: Request) -> None:
@@ -149,14 +133,14 @@ class Trainer:
         step, last = self.state.step, self.state.step == self.plan.num_steps
         report, checkpoint = self.options.report, self.options.checkpoint
         if self.held_out and report.eval_interval and (step % report.eval_interval == 0 or last):
-            with self._off_the_clock():
+            with self.watch.paused():
                 self._evaluate(self.held_out)
         if report.sample_interval and step % report.sample_interval == 0:
-            with self._off_the_clock():
+            with self.watch.paused():
                 text = sample_text(self.engine, self.tokenizer, self.held_out, self.plan, step)
                 self.say(f"sample at step {step}: {text!r}")
         if request.save or last or step % checkpoint.save_interval == 0:
-            with self._off_the_clock():
+            with self.watch.paused():
                 self._save(must_succeed=last or request.leave)
 
     # -- what a step leaves behind ---------------------------------------------------------------
@@ -201,9 +185,9 @@ class Trainer:
     def _record(
         self, step: int, loss: float, lr: float, grad_norm: float | None, loss_scale: float | None
     ) -> None:
-        seconds, steps = self.clock.elapsed(), self.clock.steps
-        samples = steps * self.plan.global_batch
-        tokens_per_second = samples * self.plan.max_length / seconds
+        window = self.watch.window()
+        samples_per_second = window.steps * self.plan.global_batch / window.seconds
+        tokens_per_second = samples_per_second * self.plan.max_length
         self.memory_mb = max(self.memory_mb, self._peak_memory_mb())
         tflops = flops.tflops_per_gpu(
             self.flops_per_token, tokens_per_second, self.engine.layout.world_size
@@ -215,12 +199,12 @@ class Trainer:
             lr=lr,
             grad_norm=grad_norm,
             tokens_per_second=tokens_per_second,
-            samples_per_second=samples / seconds,
+            samples_per_second=samples_per_second,
             tflops_per_gpu=tflops,
             mfu=self._utilization(tflops),
             memory_mb=self.memory_mb,
-            data_wait_s=self.clock.data_wait / steps,
-            step_time_s=seconds / steps,
+            data_wait_s=window.data_wait / window.steps,
+            step_time_s=window.seconds / window.steps,
             loss_scale=loss_scale,
         )
         self.state.loss = loss
@@ -230,9 +214,6 @@ class Trainer:
             self.sink.log(record)
             self.console.log(record)
             logger.info("step %d loss %.6f lr %.3e grad_norm %s", step, loss, lr, grad_norm)
-        self.timed_samples += samples
-        self.timed_seconds += seconds
-        self.clock = Clock(time.perf_counter())
 
     def _check_first_loss(self, loss: float) -> None:
         bound = math.log(self.engine.config.vocab_size) - 1
@@ -262,20 +243,6 @@ class Trainer:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value.item()
 
-    @contextlib.contextmanager
-    def _off_the_clock(self) -> Iterator[None]:
-        self._synchronize()
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._synchronize()
-            self.clock.excluded += time.perf_counter() - start
-
-    def _synchronize(self) -> None:
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.device)
-
     def _check_replicas(self, rows: list[Any]) -> None:
         """Ranks of one model replica must see one batch, replicas different ones."""
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -296,6 +263,8 @@ class Trainer:
         losses = held_out_losses(self.engine, held_out, self.plan, self.options.report.eval_steps)
         self.sink.log_eval(self.state.step, losses)
         shown = "  ".join(f"{source} {loss:.4f}" for source, loss in losses.items())
+        if self.is_main:
+            shown += f"  (unigram entropy {held_out.entropy:.4f})"
         self.say(f"held-out loss at step {self.state.step}: {shown}")
 
     def _save(self, must_succeed: bool) -> None:
@@ -358,11 +327,9 @@ class Trainer:
         save_dir = self.options.checkpoint.save_dir
         self.sink.close()
         self.memory_mb = max(self.memory_mb, self._peak_memory_mb())
-        if self.clock.steps and not self.timed_samples:
-            self.timed_samples = self.clock.steps * self.plan.global_batch
-            self.timed_seconds = self.clock.elapsed()
-        rate = self.timed_samples / self.timed_seconds if self.timed_seconds else None
-        tflops = None
+        timed, rate, tflops = self.watch.overall(), None, None
+        if timed.seconds:
+            rate = timed.steps * self.plan.global_batch / timed.seconds
         if rate is not None:
             tflops = flops.tflops_per_gpu(
                 self.flops_per_token, rate * self.plan.max_length, self.engine.layout.world_size
