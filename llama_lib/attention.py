@@ -22,12 +22,12 @@ def flash_kernel() -> str:
     """
     from colossalai.kernel.kernel_loader import FlashAttentionLoader
 
-    usable = [extension for extension in (e() for e in FlashAttentionLoader.REGISTRY)]
-    available = [extension for extension in usable if extension.is_available()]
+    known = [extension() for extension in FlashAttentionLoader.REGISTRY]
+    available = [extension for extension in known if extension.is_available()]
     if not available:
         raise UserError(
             "-a asks for ColossalAI's flash attention kernel; none of "
-            f"{', '.join(extension.name for extension in usable)} runs here. Without -a "
+            f"{', '.join(extension.name for extension in known)} runs here. Without -a "
             "attention is torch's SDPA."
         )
     return max(available, key=lambda extension: extension.priority).name

@@ -13,6 +13,9 @@ from llama_lib.errors import LlamaLibError, UserError
 
 INTERRUPTED = 130
 
+# On a busy host the processes of one start were seen to come to their first check seconds apart.
+FIRST_SPEAKS_SECONDS = 15.0
+
 
 def run_command(function: Callable[[list[str]], int | None], argv: Sequence[str]) -> int:
     """Calls `function(argv)` and returns the exit code; None counts as 0."""
@@ -36,6 +39,6 @@ def _report(error: LlamaLibError) -> None:
     prefix = "" if rank == "0" else f"[rank {rank}] "
     if isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":
         # A user's mistake is met by every process. The launcher ends the others once the first has
-        # spoken and left; one still alive after a moment has something of its own to say.
-        time.sleep(2)
+        # spoken and left; one still alive after that time has something of its own to say.
+        time.sleep(FIRST_SPEAKS_SECONDS)
     print(f"{prefix}{error}", file=sys.stderr)

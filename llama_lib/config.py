@@ -92,7 +92,7 @@ class DataOptions:
         "~/.cache/llama_lib", "folder for datasets prepared from text given to --dataset", PATH
     )
     workers: int = option(
-        0, "processes that tokenise (0: the cores of this process)", integer(at_least=0)
+        0, "threads that tokenise (0: the cores of this process)", integer(at_least=0)
     )
     skip_bad_lines: bool = option(False, "count bad input lines instead of stopping", SWITCH)
 

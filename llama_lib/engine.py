@@ -41,6 +41,32 @@ class MicroBatch:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class GradientNorm:
+    """Global gradient norm of a step before clipping.
+
+    `scaled` is still multiplied by the loss scale, None if an fp16 overflow skipped the step;
+    `scale` is that loss scale on the device, None outside fp16.
+    """
+
+    scaled: float | None
+    scale: Tensor | None
+
+    @property
+    def is_finite(self) -> bool:
+        return self.scaled is not None and math.isfinite(self.scaled)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The step's loss scale; in fp16 this waits for the device."""
+        return None if self.scale is None else self.scale.item()
+
+    @property
+    def value(self) -> float | None:
+        """The norm; in fp16 this waits for the device."""
+        return None if self.scaled is None else self.scaled / (self.loss_scale or 1.0)
+
+
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Create parameters in `dtype` inside the block."""
@@ -266,19 +292,22 @@ class Engine:
         )
         return result["loss"] if self.is_last_stage else torch.zeros((), device=self.device)
 
-    def step(self) -> float | None:
+    def step(self) -> "GradientNorm":
         """Clip, update and clear the gradients.
 
-        Returns:
-            The global gradient norm before clipping; None if an fp16 overflow skipped the step. A
-            norm that is not finite also leaves weights and moments as they were.
+        A norm that is missing (fp16 overflow) or not finite leaves weights and moments untouched.
         """
-        scale = self.loss_scale() or 1.0
+        scaler = self.grad_scaler()
+        # The scale may change in the update; a copy on the device costs no synchronisation.
+        scale = None if scaler is None else scaler.scale.clone()
         self.optimizer._current_grad_norm = None
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.layout.plugin.startswith("gemini"):
+            # Gemini leaves this on when fp16 overflows, and adds every later step to the overflow.
+            self.optimizer.module.chunk_manager.accumulating_grads = False
         norm = self.optimizer.get_grad_norm()
-        return None if norm is None else float(norm) / scale
+        return GradientNorm(None if norm is None else float(norm), scale)
 
     def _guard_optimizer(self) -> None:
         """Skip the inner update when the norm, which every plugin has by then, is not finite.

@@ -252,9 +252,9 @@ class BatchPlan:
             lines.append(f"{self.dropped_rows} row(s) at the end do not fill a batch: dropped")
         share = min(1.0, self.warmup_steps / self.num_steps)
         line = f"warm-up {self.warmup_steps:,} steps = {share:.0%} of the run"
-        if share > 0.1:
-            line += " (more than 10%: consider --warmup_steps "
-            line += f"{max(1, self.num_steps // 50):,})"
+        shorter = max(1, self.num_steps // 50)  # 2%, the share of the original recipe
+        if share > 0.1 and shorter < self.warmup_steps:
+            line += f" (more than 10%: consider --warmup_steps {shorter:,})"
         return lines + [line]
 
 

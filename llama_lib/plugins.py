@@ -85,7 +85,7 @@ def _build_hybrid(options: Options, layout: Layout, config: Any, setting: Settin
     return HybridParallelPlugin(
         tp_size=layout.tp,
         pp_size=layout.pp,
-        sp_size=layout.sp if layout.sp_mode == "all_to_all" else None,
+        sp_size=layout.sequence_axis,
         zero_stage=layout.zero_stage,
         precision=options.training.mixed_precision,
         enable_sequence_parallelism=layout.sp_mode is not None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_lib.checkpoint.manifest import check_load_argument, refuse_occupied
+from llama_lib.checkpoint.tensors import open_weights
 from llama_lib.config import Options
 from llama_lib.data.hub import is_hub_name
 from llama_lib.data.once import once
@@ -81,6 +82,8 @@ def preflight(options: Options) -> Run:
         model_folder = None if source is None else _model_folder(source, options.data.cache_dir)
         config = model_config(options.model.config if model_folder is None else str(model_folder))
         notes += _bend_defaults(options, config)
+        if model_folder is not None:
+            problems += _weight_problems(model_folder, config)
         problems = _model_problems(options, config) + problems
     except UserError as error:
         problems = error.problems + problems
@@ -119,10 +122,16 @@ def _model_problems(options: Options, config: Any) -> list[str]:
             f"--max_length {options.model.max_length} is more than the model's context of "
             f"{context}; use at most {context}."
         )
-    if options.parallel.sp_mode and options.model.max_length % max(1, options.parallel.sp):
+    parts = layout_of(options, world_size()).sp
+    if options.parallel.sp_mode and options.model.max_length % max(1, parts):
         problems.append(
-            f"--max_length {options.model.max_length} is not divisible by --sp "
-            f"{options.parallel.sp}."
+            f"--max_length {options.model.max_length} is not divisible into {parts} parts "
+            f"(--sp_mode {options.parallel.sp_mode})."
+        )
+    if options.model.flash_attention and config.model_type != "llama":
+        problems.append(
+            f"-a with model type {config.model_type} is not tested (ColossalAI's kernel knows no "
+            "sliding window); leave out -a."
         )
     if not problems:
         # With data beyond any limit only the numbers themselves can be wrong: they are refused
@@ -132,10 +141,23 @@ def _model_problems(options: Options, config: Any) -> list[str]:
     return problems
 
 
+def _weight_problems(folder: Path, config: Any) -> list[str]:
+    """Tensors of --model_path that the model lacks or has in another shape (headers only)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return _problems_of(open_weights, folder, expected, "--model_path")
+
+
 def _setting_problems(options: Options) -> list[str]:
     """What is wrong whatever the model and the data are."""
     problems = network_problems()
-    if options.training.mixed_precision == "fp32" and options.parallel.plugin.startswith("gemini"):
+    gemini = options.parallel.plugin.startswith("gemini")
+    if gemini and options.training.mixed_precision == "fp32" and has_accelerator():
+        # On a CPU llama_lib.host adds it, and it passes the truth test.
         problems.append(
             f"-p {options.parallel.plugin} has no fp32 in ColossalAI; use -x bf16, or -p zero2."
         )
@@ -146,8 +168,6 @@ def _setting_problems(options: Options) -> list[str]:
         )
     if options.parallel.microbatch_size and options.parallel.plugin != "hybrid_parallel":
         problems.append("--microbatch_size belongs to -p hybrid_parallel with --pp above 1.")
-    if options.report.sample_interval and options.parallel.sp_mode == "split_gather":
-        problems.append("--sample_interval with --sp_mode split_gather is not tested.")
     if options.training.seed >= 2**32:
         problems.append(
             f"--seed {options.training.seed} is too large: numpy takes seeds below 2^32 = {2**32}."

@@ -64,7 +64,9 @@ def _train(run: Run, device: torch.device) -> int:
         say(f"step {state.step} of {run.plan.num_steps} is done already: nothing to train.")
         return 0
     if dist.get_rank() == 0:
-        dump_yaml(options, Path(options.checkpoint.save_dir) / "specs.yaml")
+        # Without --load: the file says what the run is, not where this part of it began.
+        settings = replace(options, checkpoint=replace(options.checkpoint, load=None))
+        dump_yaml(settings, Path(options.checkpoint.save_dir) / "specs.yaml")
     for line in filter(None, [host.optional_packages(), *run.notes, *run.describe()]):
         say(line)
     engine = Engine(options, run.layout, run.config, device, run.plan.accumulation)

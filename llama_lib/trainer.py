@@ -21,7 +21,7 @@ from llama_lib.checkpoint.store import TrainerState
 from llama_lib.config import Options
 from llama_lib.control import Request, Requests
 from llama_lib.data.loader import BatchLoader, rows_hash
-from llama_lib.engine import Engine, MicroBatch
+from llama_lib.engine import Engine, GradientNorm, MicroBatch
 from llama_lib.errors import RunError
 from llama_lib.evaluate import HeldOut, held_out_losses, sample_text
 from llama_lib.layout import BatchPlan
@@ -108,14 +108,14 @@ class Trainer:
             step, self.plan.num_steps, self.plan.warmup_steps, self.options.training.lr
         )
         set_learning_rate(self.engine.optimizer, lr)
-        loss_scale = self.engine.loss_scale()
         loss = self.engine.forward_backward(batches, self.labels_per_step)
         grad_norm = self.engine.step()
         self._advance()
-        self._watch_norm(grad_norm, loss_scale)
+        self._watch_norm(grad_norm)
         if self._is_logged(step):
+            logger.info("step %d batch %s", step, rows_hash(rows))
             # The one place where the loop waits for the device on its own account.
-            self._record(step, self.engine.reduce_loss(loss), lr, grad_norm, loss_scale)
+            self._record(step, self.engine.reduce_loss(loss), lr, grad_norm)
 
     def _micro_batch(self, ids: Any) -> MicroBatch:
         input_ids = torch.from_numpy(ids)
@@ -152,16 +152,16 @@ class Trainer:
             or (step == 1 and self.options.model.model_path is not None)
         )
 
-    def _watch_norm(self, grad_norm: float | None, loss_scale: float | None) -> None:
-        """Count steps without a finite gradient norm; the norm is on the host already."""
-        if grad_norm is not None and math.isfinite(grad_norm):
+    def _watch_norm(self, norm: GradientNorm) -> None:
+        """Count steps without a finite gradient norm; ColossalAI has it on the host already."""
+        if norm.is_finite:
             self.nonfinite_steps = 0
             return
         self.nonfinite_steps += 1
         cause = (
-            f"gradients overflow at loss scale {loss_scale:g}"
-            if grad_norm is None and loss_scale is not None
-            else f"gradient norm is {grad_norm}"
+            f"gradients overflow at loss scale {norm.loss_scale:g}"
+            if norm.scaled is None
+            else f"gradient norm is {norm.value}"
         )
         self.say(f"step {self.state.step}: {cause}, step skipped")
         if self.nonfinite_steps == MAX_NONFINITE_STEPS:
@@ -182,9 +182,7 @@ class Trainer:
             f"Try {', '.join(advice)}; then --load auto."
         )
 
-    def _record(
-        self, step: int, loss: float, lr: float, grad_norm: float | None, loss_scale: float | None
-    ) -> None:
+    def _record(self, step: int, loss: float, lr: float, norm: GradientNorm) -> None:
         window = self.watch.window()
         samples_per_second = window.steps * self.plan.global_batch / window.seconds
         tokens_per_second = samples_per_second * self.plan.max_length
@@ -197,7 +195,7 @@ class Trainer:
             tokens=self.state.tokens,
             loss=loss,
             lr=lr,
-            grad_norm=grad_norm,
+            grad_norm=norm.value,
             tokens_per_second=tokens_per_second,
             samples_per_second=samples_per_second,
             tflops_per_gpu=tflops,
@@ -205,7 +203,7 @@ class Trainer:
             memory_mb=self.memory_mb,
             data_wait_s=window.data_wait / window.steps,
             step_time_s=window.seconds / window.steps,
-            loss_scale=loss_scale,
+            loss_scale=norm.loss_scale,
         )
         self.state.loss = loss
         if step == 1:
@@ -213,7 +211,7 @@ class Trainer:
         if step % self.options.report.log_interval == 0 or step == self.plan.num_steps:
             self.sink.log(record)
             self.console.log(record)
-            logger.info("step %d loss %.6f lr %.3e grad_norm %s", step, loss, lr, grad_norm)
+            logger.info("step %d loss %.6f lr %.3e grad_norm %s", step, loss, lr, norm.value)
 
     def _check_first_loss(self, loss: float) -> None:
         bound = math.log(self.engine.config.vocab_size) - 1

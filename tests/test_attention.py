@@ -1,4 +1,4 @@
-"""-a: the mask and the shapes handed to ColossalAI's kernel, with its SDPA extension run on the CPU."""
+"""-a: what is handed to ColossalAI's kernel, with its SDPA extension run on the CPU."""
 
 import pytest
 import torch

@@ -53,7 +53,7 @@ def assemble(
 ) -> None:
     """Write everything beside `folder`, the manifest last, and rename."""
     workers = request.workers or len(os.sched_getaffinity(0))
-    probes = [text for source in sources for text in _head(source)]
+    probes = [text for source in sources for text in _head(source, request.skip_bad_lines)]
     encoder = Encoder(tokenizer, workers, request.add_bos, probes)
     if encoder.note:
         print(f"tokenising with tokenizers, 10 to 50 times slower: {encoder.note}", file=sys.stderr)
@@ -140,11 +140,10 @@ def _mended_cut(built: Built) -> int | None:
     return built.highest if built.held_out else built.lowest + 1
 
 
-def _head(source: Source) -> list[str]:
+def _head(source: Source, skip_bad_lines: bool) -> list[str]:
     """The first texts of a source, to prove the fast tokenizer on."""
     texts, characters = [], 0
-    # Bad lines are met and named by the pass that counts them.
-    for text in TextFile(source.files[0], skip_bad_lines=True):
+    for text in TextFile(source.files[0], skip_bad_lines=skip_bad_lines):
         if text:
             texts.append(text[:_PROBE_CHARACTERS])
         characters += len(text)

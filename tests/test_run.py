@@ -1,0 +1,89 @@
+"""Resuming: what changed is said, what is left is planned, newer checkpoints are set aside."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from llama_lib.checkpoint.manifest import set_aside_newer, step_directories, step_directory
+from llama_lib.checkpoint.store import TrainerState
+from llama_lib.config import parse_options
+from llama_lib.data.order import RowOrder
+from llama_lib.errors import UserError
+from llama_lib.layout import layout_of, plan_batches
+from llama_lib.run import _refuse_other_run, continued_plan, option_differences
+
+
+def state(step: int, samples: int, tokens: int, **facts) -> TrainerState:
+    return TrainerState(step, tokens, samples, 0, 42, {}, **facts)
+
+
+def planned(argv: list[str], tokens: int = 10_000, length: int = 10):
+    options = parse_options("pretrain", argv)
+    order = RowOrder(np.array([tokens]), length, 0)
+    rows = order.num_rows(options.training.num_epochs)
+    plan = plan_batches(options, layout_of(options, 1), length, rows)
+    return SimpleNamespace(options=options, order=order, plan=plan)
+
+
+def test_same_batch_keeps_the_plan():
+    run = planned(["-b", "4", "--max_steps", "100"])
+    assert continued_plan(run, state(40, 160, 1600)) == run.plan
+
+
+def test_other_batch_goes_on_with_the_next_unseen_sample():
+    run = planned(["-b", "8"])  # 1000 rows
+    plan = continued_plan(run, state(100, 400, 4000))
+    assert plan.num_steps == 100 + (1000 - 400) // 8
+    assert plan.dropped_rows == (1000 - 400) % 8
+
+
+def test_limits_count_the_whole_run():
+    run = planned(["-b", "8", "--max_tokens", "6000"])
+    # 4000 tokens seen, 2000 left = 25 steps of 8 x 10 tokens.
+    assert continued_plan(run, state(100, 400, 4000)).num_steps == 125
+    run = planned(["-b", "8", "--max_steps", "110"])
+    assert continued_plan(run, state(100, 400, 4000)).num_steps == 110
+
+
+def test_differences_are_one_line_each():
+    before = parse_options("pretrain", ["--lr", "1e-3", "-p", "zero2"]).to_dict()
+    now = parse_options("pretrain", ["--lr", "2e-3", "--load", "auto"]).to_dict()
+    assert option_differences(before, now) == [
+        "--plugin was zero2, now gemini",
+        "--lr was 0.001, now 0.002",
+    ]
+
+
+def test_another_model_or_data_is_refused_with_all_reasons(tmp_path):
+    saved = state(
+        5,
+        5,
+        5,
+        model={"hidden_size": 64, "vocab_size": 10},
+        data={"tokenizer": "a", "manifest": "m", "max_length": 32, "seed": 1},
+    )
+    with pytest.raises(UserError) as caught:
+        _refuse_other_run(
+            tmp_path,
+            saved,
+            {"hidden_size": 128, "vocab_size": 10},
+            {"tokenizer": "b", "manifest": "m", "max_length": 64, "seed": 1},
+        )
+    message = str(caught.value)
+    assert "hidden_size 64, this run has 128" in message
+    assert "another tokenizer" in message and "another max_length" in message
+    assert "seed" not in message
+
+
+def test_newer_checkpoints_are_renamed_never_deleted(tmp_path):
+    for step in (5, 10, 15):
+        step_directory(tmp_path, step).mkdir()
+        (step_directory(tmp_path, step) / "complete.json").write_text(str(step))
+    lines = set_aside_newer(tmp_path, 5)
+    assert [d.name for d in step_directories(tmp_path)] == ["step-00000005"]
+    assert (tmp_path / "step-00000010.aside-1" / "complete.json").read_text() == "10"
+    assert len(lines) == 2 and "step-00000015" in lines[0]
+    step_directory(tmp_path, 10).mkdir()
+    set_aside_newer(tmp_path, 5)
+    assert (tmp_path / "step-00000010.aside-2").is_dir()
