@@ -91,24 +91,31 @@ def start_process_group(seed: int) -> torch.device:
     Raises:
         UserError: more processes on this host than GPUs.
     """
+    complete_environment()
+    device = _own_device()
     from llama_lib import host
 
     host.install()
-    complete_environment()
+    import colossalai
+
+    colossalai.launch_from_torch(seed=seed, verbose=False)
+    return device
+
+
+def _own_device() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if has_accelerator() and local_rank >= torch.cuda.device_count():
+    if not has_accelerator():
+        _share_cores()
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"process {local_rank} of this host has no GPU of its own: {torch.cuda.device_count()} "
             "visible; start at most that many with --nproc_per_node."
         )
-    if not has_accelerator():
-        _share_cores()
-    import colossalai
-
-    colossalai.launch_from_torch(seed=seed, verbose=False)
-    if has_accelerator():
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
+    # Before ColossalAI is imported: some of its default arguments ask for the current device then,
+    # and every rank would gather its optimizer state on GPU 0.
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def _share_cores() -> None:
