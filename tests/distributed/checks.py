@@ -1,0 +1,305 @@
+"""Checks that run inside a process group, one engine at a time; each returns plain data.
+
+Invariant: every rank returns the same; what the data must be is said in the tests, not here.
+"""
+
+import hashlib
+import math
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama_lib.checkpoint import store
+from llama_lib.checkpoint.state import gather_optimizer, gather_weights
+from llama_lib.checkpoint.verify import checkpoint_problems
+from llama_lib.engine import Engine, MicroBatch, build_model
+from llama_lib.errors import RunError
+from llama_lib.layout import layout_of
+from llama_lib.optim import learning_rate, set_learning_rate
+from tests.distributed import plain_loop
+from tests.distributed.cases import LEARNING_RATE, LENGTH, MODEL, SEED, STEPS, WARMUP, options_of
+from tests.distributed.plain_loop import IGNORED, batch, num_labels
+
+POISONED = (3, 4)
+
+Report = dict[str, Any]
+
+
+def llama_config(layout: str) -> LlamaConfig:
+    config = LlamaConfig(**MODEL)
+    # As preflight chooses: ColossalAI's own attention takes over under sequence parallelism.
+    config._attn_implementation = "eager" if "_to_all" in layout or "split_" in layout else "sdpa"
+    return config
+
+
+def build(layout: str, precision: str, clipping: float = 1.0) -> Engine:
+    options = options_of(layout, precision)
+    options.training.gradient_clipping = clipping
+    return Engine(
+        options,
+        layout_of(options, dist.get_world_size()),
+        llama_config(layout),
+        torch.device("cpu"),
+        options.training.accumulation_steps,
+    )
+
+
+def rows_per_step(engine: Engine) -> int:
+    training = engine.options.training
+    return training.batch_size * training.accumulation_steps * engine.layout.dp
+
+
+def micro_batches(engine: Engine, ids: torch.Tensor, labels: torch.Tensor) -> list[MicroBatch]:
+    """This rank's part of a global batch; replica r takes the r-th consecutive part."""
+    size = engine.options.training.batch_size
+    count = size * engine.options.training.accumulation_steps
+    first = engine.dp_rank * count
+    return [
+        MicroBatch(ids[start : start + size], labels[start : start + size])
+        for start in range(first, first + count, size)
+    ]
+
+
+def train_step(engine: Engine, step: int) -> tuple[float, float | None]:
+    """(loss, gradient norm) of one step of the shared batches and schedule."""
+    ids, labels = batch(step, rows_per_step(engine))
+    set_learning_rate(engine.optimizer, learning_rate(step, STEPS, WARMUP, LEARNING_RATE))
+    share = engine.forward_backward(micro_batches(engine, ids, labels), num_labels(labels))
+    return engine.reduce_loss(share), engine.step().value
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()
+
+
+def merged(part: dict[str, Any]) -> dict[str, Any]:
+    """What the ranks hold together, sorted by name."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return dict(sorted((name, value) for held in parts for name, value in held.items()))
+
+
+def weight_hashes(engine: Engine) -> dict[str, str]:
+    return merged({name: _sha256(tensor) for name, tensor in gather_weights(engine)})
+
+
+def optimizer_hashes(engine: Engine) -> dict[str, str]:
+    return merged(
+        {
+            f"{name}/{key}": f"{step} {_sha256(tensor)}"
+            for name, step, tensors in gather_optimizer(engine)
+            for key, tensor in tensors.items()
+        }
+    )
+
+
+def plain_weights(precision: str) -> dict[str, torch.Tensor]:
+    """The initial weights of a model that no plugin has touched."""
+    model = build_model(
+        llama_config("plain"),
+        plain_loop.DTYPES[precision],
+        SEED,
+        torch.device("cpu"),
+        lazy=False,
+    )
+    return dict(model.state_dict())
+
+
+# -- the checks ------------------------------------------------------------------------------------
+
+_plain_curves: dict[tuple[str, int, frozenset[int]], plain_loop.Curve] = {}
+
+
+def _plain(precision: str, rows: int, skipped: frozenset[int]) -> Report:
+    key = (precision, rows, skipped)
+    if key not in _plain_curves:
+        _plain_curves[key] = plain_loop.train(plain_weights(precision), *key)
+    return vars(_plain_curves[key])
+
+
+def truth(layout: str, precision: str, folder: Path) -> Report:
+    """STEPS steps of the engine and of the plain loop, and the weights both began with.
+
+    Steps that the engine skips while its fp16 loss scale settles are left out of the plain loop.
+    """
+    engine = build(layout, precision)
+    initial = weight_hashes(engine)
+    results = [train_step(engine, step) for step in range(1, STEPS + 1)]
+    overflows = frozenset(step for step, (_, norm) in enumerate(results, 1) if norm is None)
+    return {
+        "losses": [loss for loss, _ in results],
+        "norms": [norm for _, norm in results],
+        "plain": _plain(precision, rows_per_step(engine), overflows),
+        "overflows": sorted(overflows),
+        "initial_weights": initial,
+        "plain_weights": {
+            name: _sha256(tensor) for name, tensor in sorted(plain_weights(precision).items())
+        },
+        "loss_scale": engine.loss_scale(),
+    }
+
+
+def nonfinite(layout: str, precision: str, folder: Path) -> Report:
+    """The gradients of some steps are NaN; what these change, and the curve around them."""
+    engine = build(layout, precision)
+    exact = engine.token_loss_sum
+    # Under dp one replica's NaN is enough; within a replica every rank meets it.
+    strikes = engine.dp_rank == engine.layout.dp - 1
+
+    def poisoned(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return exact(logits, labels) * (math.nan if strikes else 1.0)
+
+    losses, norms, changed = [], [], []
+    for step in range(1, STEPS + 1):
+        if step in POISONED:
+            before = weight_hashes(engine), optimizer_hashes(engine)
+            engine.token_loss_sum = poisoned
+        loss, norm = train_step(engine, step)
+        if step in POISONED:
+            engine.token_loss_sum = exact
+            if before != (weight_hashes(engine), optimizer_hashes(engine)):
+                changed.append(step)
+        losses.append(loss)
+        norms.append(norm)
+    skipped = frozenset(POISONED) | {s for s, norm in enumerate(norms, 1) if norm is None}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "changed": changed,
+        "skipped": sorted(skipped),
+        "plain": _plain(precision, rows_per_step(engine), skipped),
+    }
+
+
+def clipping(layout: str, precision: str, folder: Path) -> Report:
+    """The gradient that reached Adam in one step, seen in its first moment."""
+    bound = 0.125
+    engine = build(layout, precision, clipping=bound)
+    _, norm = train_step(engine, 1)
+    squares = merged(
+        {
+            name: float(tensors["exp_avg"].double().square().sum())
+            for name, _, tensors in gather_optimizer(engine)
+        }
+    )
+    return {"bound": bound, "norm": norm, "applied": math.sqrt(sum(squares.values())) / (1 - 0.9)}
+
+
+def causality(layout: str, precision: str, folder: Path) -> Report:
+    """Loss of every label token, before and after one input token is another."""
+    engine = build(layout, precision)
+    for step in range(1, 4):  # at initialisation attention is near uniform and would hide little
+        train_step(engine, step)
+    rows = rows_per_step(engine)
+    ids, _ = batch(1, rows)
+    report: Report = {"plain": list(_token_losses(engine, ids))}
+    for position in (LENGTH // 2, LENGTH - 1):
+        other = ids.clone()
+        other[:, position] = (other[:, position] + 7) % MODEL["vocab_size"]
+        report[str(position)] = list(_token_losses(engine, other, labelled=ids))
+    return report
+
+
+def _token_losses(
+    engine: Engine, ids: torch.Tensor, labelled: torch.Tensor | None = None
+) -> Iterator[float]:
+    """The loss at every position that has a label, from 0."""
+    targets = ids if labelled is None else labelled
+    for position in range(LENGTH - 1):
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, position + 1] = targets[:, position + 1]
+        yield engine.loss_sum(micro_batches(engine, ids, labels)).item()
+
+
+def saved_model(layout: str, precision: str, folder: Path) -> Report:
+    """A trained and saved model's loss in transformers and in the engine that saved it."""
+    engine = build(layout, precision)
+    for step in range(1, 6):
+        train_step(engine, step)
+    path = _save(engine, folder / layout, 5)
+    rows = rows_per_step(engine)
+    ids, labels = batch(99, rows)
+    found = engine.loss_sum(micro_batches(engine, ids, labels)).item()
+    served = LlamaForCausalLM.from_pretrained(path / "model", torch_dtype="auto")
+    with torch.no_grad():
+        expected = plain_loop.loss_sum(served(input_ids=ids).logits, labels).item()
+    rotary = [m for m in engine.module.modules() if hasattr(m, "rope_init_fn")]
+    frequencies = served.model.rotary_emb.inv_freq
+    return {
+        "loss": found,
+        "served_loss": expected,
+        "served_dtype": str(served.dtype),
+        "vocabulary_rows": served.lm_head.weight.shape[0],
+        "rotary_dtypes": sorted({str(m.inv_freq.dtype) for m in rotary}),
+        "rotary_equal": all(torch.equal(m.inv_freq, frequencies) for m in rotary),
+    }
+
+
+def _save(engine: Engine, folder: Path, step: int) -> Path:
+    state = store.TrainerState(step, 0, 0, 0, SEED, {}, scaler=store.scaler_state(engine))
+    return store.save(engine, state, None, str(folder), None)
+
+
+def handover(layouts: str, precision: str, folder: Path) -> Report:
+    """Saved by one layout, loaded by another ("a>b"); both then take the same steps."""
+    saver, loader = layouts.split(">")
+    engine = build(saver, precision)
+    for step in range(1, 4):
+        train_step(engine, step)
+    saved = {"weights": weight_hashes(engine), "optimizer": optimizer_hashes(engine)}
+    path = _save(engine, folder / layouts.replace(">", "-"), 3)
+    straight = [train_step(engine, step)[0] for step in (4, 5, 6)]
+    del engine
+    engine = build(loader, precision)
+    store.load(engine, path, store.read_state(path))
+    loaded = {"weights": weight_hashes(engine), "optimizer": optimizer_hashes(engine)}
+    resumed = [train_step(engine, step)[0] for step in (4, 5, 6)]
+    return {
+        "differing": [
+            f"{part}: {name}"
+            for part, hashes in saved.items()
+            for name in hashes.keys() | loaded[part].keys()
+            if hashes.get(name) != loaded[part].get(name)
+        ],
+        "tensors": len(saved["optimizer"]),
+        "straight": straight,
+        "resumed": resumed,
+    }
+
+
+def full_disk(layout: str, precision: str, folder: Path) -> Report:
+    """Every file of the second checkpoint stops growing early, as on a disk that fills up."""
+    engine = build(layout, precision)
+    train_step(engine, 1)
+    save_dir = folder / f"full_disk_{layout}"
+    first = _save(engine, save_dir, 1)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, unlimited[1]))
+    try:
+        _save(engine, save_dir, 2)
+        message = "saved"
+    except RunError as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    found, _ = store.find_checkpoint("auto", str(save_dir))
+    left = sorted(path.name for path in save_dir.iterdir())
+    second = _save(engine, save_dir, 2)
+    return {
+        "message": message,
+        "first": str(first),
+        "found": str(found),
+        "left": left,
+        "problems_later": checkpoint_problems(second),
+    }
+
+
+CHECKS: dict[str, Callable[[str, str, Path], Report]] = {
+    check.__name__: check
+    for check in (truth, nonfinite, clipping, causality, saved_model, handover, full_disk)
+}

@@ -1,0 +1,106 @@
+"""What every layout has to equal: transformers' LlamaForCausalLM and torch.optim.AdamW in one loop.
+
+Invariant: nothing of ColossalAI and nothing of the engine takes part.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.distributed.cases import LEARNING_RATE, LENGTH, MODEL, STEPS, WARMUP
+
+IGNORED = -100
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Without a scale the gradients of a small model vanish in fp16; this one never overflows here.
+FP16_SCALE = 2.0**8
+
+
+@dataclass
+class Curve:
+    """Per step: loss before it, gradient norm before clipping (None: a skipped step)."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float | None] = field(default_factory=list)
+
+
+def batch(step: int, rows: int) -> tuple[Tensor, Tensor]:
+    """(ids, labels) [rows, LENGTH] of a step: multiples of 31 in order, which is quickly learnt.
+
+    Every row begins with its own number of tokens without a label, so rows, micro-batches and ranks
+    weigh differently in the mean; the first row keeps a single label.
+    """
+    generator = torch.Generator().manual_seed(step)
+    starts = torch.randint(0, 16, (rows, 1), generator=generator)
+    ids = (starts + torch.arange(LENGTH)) % 16 * 31
+    hidden = torch.randint(1, 3 * LENGTH // 4, (rows, 1), generator=generator)
+    hidden[0] = LENGTH - 1
+    return ids, ids.masked_fill(torch.arange(LENGTH) < hidden, IGNORED)
+
+
+def num_labels(labels: Tensor) -> int:
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+
+
+def rate(step: int) -> float:
+    """Linear warm-up, then a cosine to a tenth at the last step."""
+    if step <= WARMUP:
+        return LEARNING_RATE * step / WARMUP
+    half_turn = math.pi * (step - WARMUP) / (STEPS - WARMUP)
+    return LEARNING_RATE * (0.1 + 0.9 * 0.5 * (1 + math.cos(half_turn)))
+
+
+def train(
+    weights: dict[str, Tensor], precision: str, rows: int, skipped: frozenset[int] = frozenset()
+) -> Curve:
+    """STEPS steps on `rows` rows each, clipped to 1.0, decay 0.1 on matrices only.
+
+    Below fp32: weights in that precision, masters and moments in fp32. The steps in `skipped`
+    leave no trace but their loss.
+    """
+    dtype = DTYPES[precision]
+    model = LlamaForCausalLM(LlamaConfig(**MODEL, use_cache=False)).to(dtype)
+    # Rotary frequencies are fp32 in the model that transformers loads, whatever its precision.
+    for module in model.modules():
+        if hasattr(module, "rope_init_fn"):
+            module.inv_freq = module.rope_init_fn(module.config, torch.device("cpu"))[0]
+    model.load_state_dict(weights)
+    scale = FP16_SCALE if precision == "fp16" else 1.0
+    masters = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in masters if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in masters if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    curve = Curve()
+    for step in range(1, STEPS + 1):
+        ids, labels = batch(step, rows)
+        loss = loss_sum(model(input_ids=ids).logits, labels) / num_labels(labels)
+        curve.losses.append(loss.item())
+        if step in skipped:
+            curve.norms.append(None)
+            continue
+        (loss * scale).backward()
+        for master, weight in zip(masters, model.parameters(), strict=True):
+            master.grad = weight.grad.float() / scale
+            weight.grad = None
+        curve.norms.append(torch.nn.utils.clip_grad_norm_(masters, 1.0).item())
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.step()
+        with torch.no_grad():
+            for master, weight in zip(masters, model.parameters(), strict=True):
+                weight.copy_(master)
+    return curve

@@ -1,0 +1,42 @@
+"""torchrun worker.py FOLDER JOB...: runs jobs "check/layout/precision", one after the other.
+
+Each adds one line {"job": ..., "report" or "error": ...} to FOLDER/report.jsonl.
+"""
+
+import gc
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from llama_lib.launch import start_process_group
+
+
+def main() -> None:
+    start_process_group(seed=1)
+    import torch.distributed as dist
+
+    from tests.distributed.checks import CHECKS
+
+    folder = Path(sys.argv[1])
+    for job in sys.argv[2:]:
+        check, layout, precision = job.split("/")
+        begin = time.perf_counter()
+        line: dict[str, Any] = {"job": job}
+        try:
+            line["report"] = CHECKS[check](layout, precision, folder)
+        except Exception:  # every rank meets it, or the launcher's time limit ends the others
+            line["error"] = traceback.format_exc()
+        line["seconds"] = time.perf_counter() - begin
+        if dist.get_rank() == 0 or "error" in line:
+            with (folder / "report.jsonl").open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+        gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Saving and loading a real engine in this process: whole or not at all, and the same again."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llama_lib import host
+from llama_lib.errors import RunError, UserError
+
+host.install()
+
+from llama_lib.checkpoint import manifest, store, tensors, verify  # noqa: E402
+from llama_lib.checkpoint.manifest import MANIFEST, step_directories  # noqa: E402
+from llama_lib.engine import Engine  # noqa: E402
+from tests.distributed.cases import MODEL  # noqa: E402
+from tests.distributed.checks import (  # noqa: E402
+    build,
+    optimizer_hashes,
+    train_step,
+    weight_hashes,
+)
+
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu has these on a GPU", allow_module_level=True)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing may catch it and clean up."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory) -> Iterator[None]:
+    rendezvous = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
+    dist.init_process_group("gloo", store=rendezvous, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def engine(one_process) -> Engine:
+    built = build("zero2", "bf16")
+    train_step(built, 1)
+    return built
+
+
+@pytest.fixture
+def save(engine: Engine, tmp_path: Path) -> Callable[..., Path]:
+    def save_step(step: int, keep_last: int | None = None) -> Path:
+        state = store.TrainerState(step, 0, 0, 0, 42, {}, scaler=store.scaler_state(engine))
+        return store.save(engine, state, None, str(tmp_path), keep_last)
+
+    return save_step
+
+
+def newest_loadable(save_dir: Path) -> Path | None:
+    return store.find_checkpoint("auto", str(save_dir))[0]
+
+
+def test_a_checkpoint_holds_everything_and_verifies(save):
+    path = save(1)
+    assert verify.checkpoint_problems(path) == []
+    on_disk = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
+    assert set(manifest.Manifest.read(path).files) == on_disk - {MANIFEST}
+    assert {"model/config.json", "model/generation_config.json"} <= on_disk
+    assert {"lr_scheduler.json", "trainer_state.json"} <= on_disk
+    assert not [name for name in on_disk if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+def test_a_bit_flipped_in_any_file_is_found(save):
+    path = save(1)
+    for name in manifest.Manifest.read(path).files:
+        original = (path / name).read_bytes()
+        damaged = bytearray(original)
+        damaged[len(damaged) // 3] ^= 1
+        (path / name).write_bytes(damaged)
+        assert verify.checkpoint_problems(path) == [f"{name}: contents changed (SHA-256 differs)"]
+        (path / name).write_bytes(original)
+    assert verify.checkpoint_problems(path) == []
+
+
+def test_verify_answers_with_exit_codes(save, tmp_path, capsys):
+    path = save(1)
+    assert verify.main([str(path)]) == 0
+    assert "good; step 1" in capsys.readouterr().out
+    os.truncate(path / "trainer_state.json", 3)
+    assert verify.main([str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "DAMAGED" in out and "trainer_state.json: 3 bytes" in out
+    with pytest.raises(UserError, match="Hugging Face folder"):
+        verify.main([str(path / "model")])
+
+
+def fail_nth(number: int, real: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
+    calls = iter(range(1, 1000))
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            raise error
+        return real(*args, **kwargs)
+
+    return called
+
+
+# Where a save can be interrupted: module, function, which call of it.
+MOMENTS = {
+    "first shard": (tensors, "save_file", 1),
+    "second shard": (tensors, "save_file", 2),
+    "random state": (store, "save_file", 1),
+    "index": (store, "write_index", 1),
+    "trainer state": (store, "write_json", 2),
+    "manifest": (manifest, "write_json", 1),
+    "before the rename": (manifest, "sync_directory", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_while_saving_leaves_the_older_checkpoint(save, tmp_path, monkeypatch, moment):
+    older = save(1)
+    module, name, number = MOMENTS[moment]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fail_nth(number, getattr(module, name), Killed()))
+        with pytest.raises(Killed):
+            save(2)
+    assert (tmp_path / "step-00000002.tmp").exists(), "nothing was interrupted"
+    assert newest_loadable(tmp_path) == older
+    assert verify.checkpoint_problems(older) == []
+    newer = save(2)
+    assert newest_loadable(tmp_path) == newer
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_disk_error_while_saving_leaves_the_older_checkpoint(save, tmp_path, monkeypatch, moment):
+    older = save(1)
+    module, name, number = MOMENTS[moment]
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fail_nth(number, getattr(module, name), full))
+        with pytest.raises(RunError, match=r"No space left.*Older checkpoints are untouched"):
+            save(2, keep_last=1)
+    assert step_directories(tmp_path) == [older]
+    assert not list(tmp_path.glob("*.tmp"))
+    assert newest_loadable(tmp_path) == older
+
+
+def test_too_little_space_is_found_before_anything_is_written(save, tmp_path, monkeypatch):
+    older = save(1)
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(manifest.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(RunError, match="a checkpoint needs about"):
+        save(2)
+    assert step_directories(tmp_path) == [older]
+
+
+def test_keep_last_removes_only_after_a_newer_one_is_complete(save, tmp_path):
+    for step in (1, 2, 3):
+        save(step, keep_last=2)
+    assert [path.name for path in step_directories(tmp_path)] == ["step-00000003", "step-00000002"]
+
+
+def test_auto_passes_over_damage_and_says_so(save, tmp_path):
+    first, second, third = save(1), save(2), save(3)
+    os.truncate(next((third / "model").glob("*.safetensors")), 10)
+    (second / MANIFEST).unlink()
+    found, lines = store.find_checkpoint("auto", str(tmp_path))
+    assert found == first
+    assert [line.split()[0] for line in lines] == [third.name, second.name]
+
+
+def test_auto_with_only_damage_ends_and_with_nothing_starts_afresh(save, tmp_path):
+    assert store.find_checkpoint("auto", str(tmp_path)) == (
+        None,
+        [f"--load auto: no checkpoint in {tmp_path}, starting afresh"],
+    )
+    (save(1) / MANIFEST).unlink()
+    with pytest.raises(RunError, match="no good checkpoint"):
+        store.find_checkpoint("auto", str(tmp_path))
+
+
+def test_loading_brings_every_bit_back(engine, save):
+    before = weight_hashes(engine), optimizer_hashes(engine)
+    path = save(1)
+    expected = [train_step(engine, step) for step in (2, 3)]
+    assert weight_hashes(engine) != before[0]
+    store.load(engine, path, store.read_state(path))
+    assert (weight_hashes(engine), optimizer_hashes(engine)) == before
+    assert [train_step(engine, step) for step in (2, 3)] == expected
+
+
+def test_weights_of_another_shape_are_refused_by_name(engine, save, tmp_path):
+    """ColossalAI loads what fits and swallows the rest."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = LlamaForCausalLM(LlamaConfig(**{**MODEL, "intermediate_size": 96}))
+    other.save_pretrained(tmp_path / "other")
+    before = weight_hashes(engine)
+    with pytest.raises(UserError, match=r"mlp.down_proj.weight: shape \[64, 96\], the model has"):
+        store.load_weights(engine, tmp_path / "other", "--model_path")
+    fewer = LlamaForCausalLM(LlamaConfig(**{**MODEL, "num_hidden_layers": 3}))
+    fewer.save_pretrained(tmp_path / "fewer")
+    with pytest.raises(UserError, match="9 of 39 tensors missing"):
+        store.load_weights(engine, tmp_path / "fewer", "--model_path")
+    assert weight_hashes(engine) == before
+
+
+def test_a_folder_without_safetensors_is_refused(engine, tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="safetensors only"):
+        store.load_weights(engine, tmp_path, "--model_path")
