@@ -13,11 +13,13 @@ def main(argv: list[str]) -> int:
 
     options = parse_options("pretrain", argv)
 
+    from llama_lib.launch import rank
     from llama_lib.preflight import preflight
 
     run = preflight(options)
     if options.report.dry_run:
-        print("\n".join(run.notes + run.describe()))
+        if rank() == 0:
+            print("\n".join(run.notes + run.describe()))
         return 0
 
     from llama_lib.run import train

@@ -22,6 +22,7 @@ def flash_kernel() -> str:
     """
     from colossalai.kernel.kernel_loader import FlashAttentionLoader
 
+    _register_causal_sdpa()
     known = [extension() for extension in FlashAttentionLoader.REGISTRY]
     available = [extension for extension in known if extension.is_available()]
     if not available:
@@ -31,6 +32,55 @@ def flash_kernel() -> str:
             "attention is torch's SDPA."
         )
     return max(available, key=lambda extension: extension.priority).name
+
+
+def _register_causal_sdpa() -> None:
+    """Put torch's SDPA, told that it is causal, in the place of ColossalAI's SDPA kernel.
+
+    ColossalAI's drops `is_causal` and hands torch a mask instead, for which torch has no flash
+    kernel: -a would be slower than nothing.
+    """
+    from colossalai.kernel.extensions.pybind.flash_attention import (
+        FlashAttentionDaoCudaExtension,
+        FlashAttentionSdpaCudaExtension,
+    )
+    from colossalai.kernel.kernel_loader import FlashAttentionLoader
+
+    class CausalSdpa(FlashAttentionSdpaCudaExtension):
+        def load(self) -> Any:
+            return causal_sdpa
+
+    registry = FlashAttentionLoader.REGISTRY
+    if FlashAttentionSdpaCudaExtension in registry:
+        registry.remove(FlashAttentionSdpaCudaExtension)
+        # Alone when flash-attn is missing: the loader warns when it has a choice.
+        if not FlashAttentionDaoCudaExtension().is_available():
+            FlashAttentionLoader.register_extension(CausalSdpa)
+
+
+def causal_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    attention_mask: Tensor | None = None,
+    is_causal: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """The signature ColossalAI calls kernels with; tensors are [rows, heads, length, head_dim]."""
+    if is_causal and cu_seqlens_q is None:  # no padding: the mask says no more than is_causal
+        attention_mask = None
+    return torch.nn.functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=attention_mask,
+        dropout_p=dropout_p,
+        scale=scale,
+        is_causal=is_causal and attention_mask is None,
+    )
 
 
 def causal_flash_attention(
@@ -68,7 +118,7 @@ def causal_flash_attention(
 
 @functools.lru_cache(maxsize=1)
 def _causal(rows: int, length: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """ColossalAI's description of a causal mask; its SDPA kernel reads the mask, not the type."""
+    """ColossalAI's description of a causal mask, as its own Llama prepares it."""
     from colossalai.shardformer.layer import ColoAttention
 
     return ColoAttention.prepare_attn_kwargs(

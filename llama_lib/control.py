@@ -44,6 +44,8 @@ class Requests:
         self._work: dist.Work | None = None
         self._signal_number = 0
         self._deadline: threading.Timer | None = None
+        self._in_step = False
+        self._lock = threading.Lock()
         self._handlers: dict[int, object] = {}
         self._listen()
 
@@ -71,11 +73,21 @@ class Requests:
                 continue
             if number == signal.SIGINT and self._signal_number == signal.SIGINT:
                 os._exit(128 + number)  # the second Ctrl-C of an impatient user
-            if self._signal_number == 0:
-                self._signal_number = number
-                self._deadline = threading.Timer(ANSWER_SECONDS, self._give_up)
-                self._deadline.daemon = True
-                self._deadline.start()
+            with self._lock:
+                self._signal_number = self._signal_number or number
+                self._watch_step()
+
+    def _watch_step(self) -> None:
+        """Start the deadline of a signal; a rank that saves or evaluates is not overdue."""
+        if self._in_step and self._signal_number and self._deadline is None:
+            self._deadline = threading.Timer(ANSWER_SECONDS, self._give_up)
+            self._deadline.daemon = True
+            self._deadline.start()
+
+    def _stop_watching(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
     def _give_up(self) -> None:
         print(
@@ -90,6 +102,9 @@ class Requests:
     def ask(self) -> None:
         """Start the exchange of this step; called by every rank when a step begins."""
         leader = dist.get_rank() == 0
+        with self._lock:
+            self._in_step = True
+            self._watch_step()
         self._flags[0] = self._signal_number
         self._flags[1] = int(leader and (self._save_dir / SAVE_NOW).exists())
         self._flags[2] = int(leader and (self._save_dir / SAVE_AND_EXIT).exists())
@@ -102,8 +117,9 @@ class Requests:
         assert self._work is not None
         self._work.wait()
         number, save_now, save_and_exit = self._flags.tolist()
-        if number and self._deadline is not None:
-            self._deadline.cancel()
+        with self._lock:
+            self._in_step = False
+            self._stop_watching()  # a request that came too late for this exchange: the next step's
         if dist.get_rank() == 0:
             for asked, name in ((save_now, SAVE_NOW), (save_and_exit, SAVE_AND_EXIT)):
                 if asked:
@@ -113,8 +129,9 @@ class Requests:
 
     def close(self) -> None:
         """Give the signals back to their former handlers."""
-        if self._deadline is not None:
-            self._deadline.cancel()
+        with self._lock:
+            self._in_step = False
+            self._stop_watching()
         signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

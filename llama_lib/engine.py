@@ -78,18 +78,19 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def initialise(model: nn.Module, seed: int) -> None:
+def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
     """Fill every parameter from a generator of its own, seeded by `seed` and its name.
 
     Order of creation, lazy materialisation and sharding then cannot change the weights. Matrices
-    get normal(0, initializer_range), vectors (norms) ones: what transformers does for Llama.
+    get normal(0, initializer_range), vectors (norms) ones: what transformers does for Llama. A lazy
+    parameter says it is on the CPU wherever it will be made, hence `device`.
     """
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             parameter.data.fill_(1.0)
             continue
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator(device=parameter.device)
+        generator = torch.Generator(device=device)
         generator.manual_seed(int.from_bytes(digest[:7], "little"))
         parameter.data.normal_(0.0, model.config.initializer_range, generator=generator)
 
@@ -109,8 +110,9 @@ def build_model(
         where = device
     with where, default_dtype(dtype), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
-        initialise(model, seed)
-    return model
+        initialise(model, seed, device)
+        # Lazy parameters take the default dtype of the moment they are made, not of this one.
+        return model.to(dtype)
 
 
 def restore_rotary_frequencies(model: nn.Module, device: torch.device) -> None:

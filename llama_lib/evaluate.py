@@ -106,7 +106,8 @@ def sample_text(
     """
     ids = [tokenizer.eos_token_id]
     if held_out is not None and held_out.dataset.num_documents:
-        ids = held_out.dataset.tokens(0, 0, PROMPT_TOKENS).tolist()
+        text = held_out.dataset.tokens(0)[:PROMPT_TOKENS].tolist()
+        ids = [each for each in text if each != tokenizer.eos_token_id] or ids
     generator = torch.Generator().manual_seed(engine.options.training.seed + step)
     length = plan.max_length
     # A pipeline keeps the shapes of a training step; elsewhere one row is enough.

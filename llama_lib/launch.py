@@ -114,6 +114,8 @@ def _own_device() -> torch.device:
         )
     # Before ColossalAI is imported: some of its default arguments ask for the current device then,
     # and every rank would gather its optimizer state on GPU 0.
+    # ColossalAI sets this variable when imported, which is too late once a context exists.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -190,6 +190,8 @@ def _hybrid_problems(
             )
     if parallel.sp_mode is not None and layout.pp > 1:
         problems.append("sequence parallelism with --pp above 1 is not tested; use --pp 1.")
+    if parallel.sp_mode is not None and options.model.flash_attention:
+        problems.append("-a with sequence parallelism is not tested; leave out -a or --sp_mode.")
     if parallel.sp_mode is not None and options.model.gradient_checkpoint:
         problems.append("-g with sequence parallelism is not tested; leave out -g or --sp_mode.")
     if layout.zero_stage not in (0, 1, 2):

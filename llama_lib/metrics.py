@@ -4,10 +4,12 @@ Invariant: one process writes; a file never holds two records of one step, nor o
 resumed run has yet to do.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -46,6 +48,7 @@ class MetricsSink:
 
     def __init__(self, tensorboard_dir: str | Path, first_step: int, is_writer: bool) -> None:
         self._events: Any = None
+        self._warned = False
         if not is_writer:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -60,26 +63,39 @@ class MetricsSink:
         if self._events is None:
             return
         values = asdict(record)
-        _append(self._metrics, values)
-        step = values.pop("step")
-        for name, value in values.items():
-            if value is not None:
-                self._events.add_scalar(f"train/{name}", value, step)
+        with self._tolerant():
+            _append(self._metrics, values)
+            step = values.pop("step")
+            for name, value in values.items():
+                if value is not None:
+                    self._events.add_scalar(f"train/{name}", value, step)
 
     def log_eval(self, step: int, losses: dict[str, float]) -> None:
         """Held-out losses by source, as eval/<source> and as one record of eval.jsonl."""
         if self._events is None:
             return
-        _append(self._evals, {"step": step, "losses": losses})
-        for source, loss in losses.items():
-            self._events.add_scalar(f"eval/{source}", loss, step)
-        self._events.flush()
+        with self._tolerant():
+            _append(self._evals, {"step": step, "losses": losses})
+            for source, loss in losses.items():
+                self._events.add_scalar(f"eval/{source}", loss, step)
+            self._events.flush()
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """A full disk costs records, said once, not the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: metrics cannot be written ({error})", file=sys.stderr)
+            self._warned = True
 
     def close(self) -> None:
         if self._events is not None:
-            self._metrics.close()
-            self._evals.close()
-            self._events.close()
+            with self._tolerant():
+                self._metrics.close()
+                self._evals.close()
+                self._events.close()
 
 
 def _continued(path: Path, first_step: int) -> IO[str]:

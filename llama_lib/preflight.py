@@ -90,6 +90,7 @@ def preflight(options: Options) -> Run:
     if problems:
         raise UserError(problems + _local_data_problems(options))
     dataset, tokenizer = _prepare_data(options, config, model_folder)
+    notes += _ignored_settings(options, dataset)
     layout = layout_of(options, world_size())
     order = RowOrder(dataset.document_lengths, options.model.max_length, options.training.seed)
     rows = order.num_rows(options.training.num_epochs)
@@ -203,8 +204,8 @@ def _check_load(options: Options) -> None:
 
 
 def _check_save_dir(options: Options) -> None:
-    if options.checkpoint.load is None and not options.report.dry_run:
-        refuse_occupied(options.checkpoint.save_dir)
+    if not options.report.dry_run:
+        refuse_occupied(options.checkpoint.save_dir, options.checkpoint.load)
 
 
 def _folder_problems(options: Options) -> list[str]:
@@ -282,6 +283,20 @@ def _prepare_data(
     except PermissionError as error:
         raise UserError(f"{error.filename}: no permission to use it; change its mode.") from None
     return dataset, load_tokenizer(str(dataset.tokenizer_path), data.cache_dir)
+
+
+def _ignored_settings(options: Options, dataset: PreparedDataset) -> list[str]:
+    """One line for each typed setting that has nothing to act on."""
+    notes = []
+    if options.report.eval_interval and dataset.held_out is None:
+        notes.append("--eval_interval is ignored: there is no held-out text (see --eval_ratio)")
+    prepared = any(is_prepared(name) for name in options.data.dataset)
+    for name in ("eval_ratio", "skip_bad_lines", "workers"):
+        if prepared and name in options.typed:
+            notes.append(f"--{name} is ignored: --dataset is prepared already")
+    if options.data.eval_data and "eval_ratio" in options.typed:
+        notes.append("--eval_ratio is ignored: --eval_data is the held-out text")
+    return notes
 
 
 def _set_attention(options: Options, config: Any) -> None:

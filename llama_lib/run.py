@@ -4,6 +4,8 @@ Invariant: all ranks take the same decisions, because each is taken from shared 
 """
 
 import logging
+import socket
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama_lib import host
+from llama_lib import coordination, host
 from llama_lib.checkpoint import store
 from llama_lib.checkpoint.manifest import set_aside_newer
 from llama_lib.checkpoint.store import TrainerState
@@ -57,6 +59,7 @@ def train(run: Run) -> int:
 def _train(run: Run, device: torch.device) -> int:
     options = run.options
     _open_log(options.checkpoint.save_dir)
+    _check_shared(options.checkpoint.save_dir)
     _check_same_data(run)
     say = _say if dist.get_rank() == 0 else logger.info
     state, checkpoint = _starting_point(run, say)
@@ -72,6 +75,9 @@ def _train(run: Run, device: torch.device) -> int:
     engine = Engine(options, run.layout, run.config, device, run.plan.accumulation)
     if checkpoint is not None:
         store.load(engine, checkpoint, state)
+        if dist.get_rank() == 0:
+            for line in set_aside_newer(options.checkpoint.save_dir, state.step):
+                say(line)
     elif run.model_folder is not None:
         store.load_weights(engine, run.model_folder, "--model_path")
     return _trainer(run, engine, state).fit()
@@ -93,10 +99,27 @@ def _open_log(save_dir: str) -> None:
     logger.propagate = False
 
 
+def _check_shared(save_dir: str) -> None:
+    """All hosts must see one --save_dir; found here, not at the first checkpoint."""
+    token = coordination.from_rank_0(uuid.uuid4().hex)
+    mark = Path(save_dir) / "logs" / f"shared-{token}"
+    if dist.get_rank() == 0:
+        mark.touch()
+    coordination.barrier()
+    seen = coordination.gather((mark.exists(), socket.gethostname()))
+    if dist.get_rank() == 0:
+        mark.unlink()
+    blind = sorted({host for sees, host in seen if not sees})
+    if blind:
+        raise RunError(
+            f"--save_dir {save_dir} is not one directory for all hosts: {', '.join(blind)} cannot "
+            f"see what {seen[0][1]} writes there. Give a directory on a disk that all hosts share."
+        )
+
+
 def _check_same_data(run: Run) -> None:
     """Hosts prepare on their own; they must have come to the same data."""
-    hashes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, run.dataset.manifest_hash)
+    hashes = coordination.gather(run.dataset.manifest_hash)
     if len(set(hashes)) > 1:
         odd = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
         raise RunError(
@@ -155,9 +178,6 @@ def _starting_point(run: Run, say: Any) -> tuple[TrainerState, Path | None]:
     _refuse_other_run(checkpoint, state, model, data)
     for line in option_differences(state.options, options.to_dict()):
         say(line)
-    if dist.get_rank() == 0:
-        for line in set_aside_newer(options.checkpoint.save_dir, state.step):
-            say(line)
     run.plan = continued_plan(run, state)
     say(
         f"resumed {checkpoint} at step {state.step}: {state.samples:,} samples and "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama_lib import flops
+from llama_lib import coordination, flops
 from llama_lib.checkpoint import store
 from llama_lib.checkpoint.store import TrainerState
 from llama_lib.config import Options
@@ -96,6 +96,7 @@ class Trainer:
             batches.close()
             requests.close()
             self.console.close()
+            self.sink.close()
         self._finish(request)
         return 128 + request.signal_number if request.signal_number else 0
 
@@ -119,6 +120,10 @@ class Trainer:
 
     def _micro_batch(self, ids: Any) -> MicroBatch:
         input_ids = torch.from_numpy(ids)
+        if self.engine.device.type == "cuda":
+            # From pinned memory the copy runs beside the computation; from pageable memory the
+            # host would wait for it.
+            input_ids = input_ids.pin_memory().to(self.engine.device, non_blocking=True)
         return MicroBatch(input_ids, input_ids)
 
     def _advance(self) -> None:
@@ -243,10 +248,8 @@ class Trainer:
 
     def _check_replicas(self, rows: list[Any]) -> None:
         """Ranks of one model replica must see one batch, replicas different ones."""
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (self.engine.dp_rank, rows_hash(rows)))
         by_replica: dict[int, set[str]] = {}
-        for replica, digest in gathered:
+        for replica, digest in coordination.gather((self.engine.dp_rank, rows_hash(rows))):
             by_replica.setdefault(replica, set()).add(digest)
         torn = [replica for replica, digests in by_replica.items() if len(digests) > 1]
         if torn or len(by_replica) != self.engine.layout.dp:
@@ -303,6 +306,10 @@ class Trainer:
             yield lambda: None
             return
         start, stop = (int(part) for part in self.options.report.profile.split(":"))
+        if start <= self.state.step:
+            self.say(f"--profile {start}:{stop} lies before this run's first step: not profiled")
+            yield lambda: None
+            return
         folder = Path(self.options.checkpoint.save_dir) / "profile"
 
         def write(profile: Any) -> None:
@@ -312,7 +319,7 @@ class Trainer:
             self.say(f"trace of steps {start} to {stop - 1}: {path}")
 
         # Steps count from 1: the profiler waits for those before START, of which one warms it up.
-        quiet = max(0, start - 1 - self.state.step)
+        quiet = start - 1 - self.state.step
         with torch.profiler.profile(
             schedule=torch.profiler.schedule(
                 wait=max(0, quiet - 1), warmup=min(1, quiet), active=stop - start, repeat=1
@@ -323,7 +330,6 @@ class Trainer:
 
     def _finish(self, request: Request) -> None:
         save_dir = self.options.checkpoint.save_dir
-        self.sink.close()
         self.memory_mb = max(self.memory_mb, self._peak_memory_mb())
         timed, rate, tflops = self.watch.overall(), None, None
         if timed.seconds:

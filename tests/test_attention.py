@@ -31,6 +31,7 @@ def sdpa_kernel(monkeypatch):
     from colossalai.shardformer.layer import ColoAttention
 
     monkeypatch.setattr(FlashAttentionSdpaCudaExtension, "is_available", lambda self: True)
+    assert attention.flash_kernel() == "flash_attention_sdpa_cuda"
     monkeypatch.setattr(ColoAttention, "_kernel_dispatch_map", None)
 
 

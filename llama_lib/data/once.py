@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_lib.errors import UserError
+
 _POLL_SECONDS = 0.2
 _LINE_SECONDS = 10.0
 
@@ -51,6 +53,11 @@ def once(cache_dir: Path, key: str, work: str) -> Iterator[Turn]:
                 break
             except BlockingIOError:
                 waited = True
+            except OSError as error:
+                raise UserError(
+                    f"--cache_dir {cache_dir} is on a file system without file locks "
+                    f"({error.strerror}), so processes cannot take turns; choose another."
+                ) from None
             percent = _read(board).get("percent")
             line = f"waiting for {work}" + ("" if percent is None else f", {percent}%")
             now = time.monotonic()

@@ -1,0 +1,75 @@
+"""Full tensors of the hybrid plugin from the ranks' parts, and back.
+
+Invariant: cutting what was gathered gives every rank its own part again, bit by bit. ColossalAI's
+own functions fail on a vocabulary that had to be padded, in saving and in loading.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def _cut_axis(parameter: Tensor) -> int | None:
+    """The axis along which tensor parallelism has cut a parameter."""
+    from colossalai.tensor.d_tensor import get_sharding_spec, is_distributed_tensor
+
+    if not is_distributed_tensor(parameter):
+        return None
+    (axis,) = get_sharding_spec(parameter).dim_partition_dict
+    return axis
+
+
+def gather_weight(parameter: Tensor, shape: Sequence[int], io: Any) -> Tensor:
+    """The weight in full `shape`; all ranks of a tensor group call it."""
+    # `detach` of a padded parameter is replaced by ColossalAI, and fails when it is called twice.
+    return _join(parameter.data, _cut_axis(parameter), shape, io)
+
+
+def gather_state(shard: Tensor, parameter: Tensor, shape: Sequence[int], io: Any) -> Tensor:
+    """A master or moment in full `shape`; all ranks of a stage call it.
+
+    Args:
+        shard: what this rank's optimizer holds for `parameter`.
+        io: the plugin's checkpoint io, which knows the groups.
+    """
+    if io.use_zero:
+        shards = [torch.empty_like(shard) for _ in range(io.global_dp_size)]
+        dist.all_gather(shards, shard, group=io.global_dp_group)
+        shard = torch.cat(shards)[: parameter.numel()].reshape(parameter.shape)
+    return _join(shard, _cut_axis(parameter), shape, io)
+
+
+def _join(part: Tensor, axis: int | None, shape: Sequence[int], io: Any) -> Tensor:
+    if axis is not None:
+        parts = [torch.empty_like(part) for _ in range(io.tp_size)]
+        dist.all_gather(parts, part.contiguous(), group=io.tp_group)
+        part = torch.cat(parts, dim=axis)
+    return part[tuple(slice(size) for size in shape)]
+
+
+def cut_state(full: Tensor, parameter: Tensor, io: Any) -> Tensor:
+    """This rank's shard of a master or moment of `parameter` given in full shape."""
+    axis = _cut_axis(parameter)
+    sizes = list(parameter.shape)
+    if axis is not None:
+        sizes[axis] *= io.tp_size
+    # pad() counts from the last axis, two numbers each.
+    missing = [size - held for size, held in zip(sizes, full.shape, strict=True)]
+    if any(missing):  # pad() copies even when there is nothing to add
+        full = pad(full, [number for size in reversed(missing) for number in (0, size)])
+    part = full if axis is None else full.chunk(io.tp_size, dim=axis)[io.tp_rank]
+    if io.use_zero:
+        return flat_share(part, io.global_dp_size, io.dp_rank)
+    return part
+
+
+def flat_share(tensor: Tensor, size: int, rank: int) -> Tensor:
+    """The `rank`-th of `size` equal parts of a flattened tensor, the last padded with zeros."""
+    flat = tensor.flatten()
+    length = -(-flat.numel() // size)
+    part = flat[rank * length : (rank + 1) * length]
+    return pad(part, (0, length - part.numel()))

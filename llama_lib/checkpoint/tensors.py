@@ -1,0 +1,150 @@
+"""Named tensors in safetensors shards with one index.
+
+Invariant: a failed write is remembered, never raised in the middle, so that every rank goes on
+taking part in the collectives that gather the next shard.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llama_lib.checkpoint.manifest import FileRecord, file_record, sync_file, write_json
+from llama_lib.errors import UserError
+
+# Readers map whole files; a GiB is large enough for bandwidth and small enough for host memory.
+SHARD_BYTES = 2**30
+
+
+class ShardWriter:
+    """Collects named tensors and writes a shard whenever SHARD_BYTES have come together.
+
+    Attributes:
+        weight_map: tensor name -> file name, for the index.
+        files: path relative to `root` -> record, filled as files are written.
+        error: the first failure, after which nothing more is written.
+    """
+
+    def __init__(self, root: Path, folder: str, prefix: str) -> None:
+        self.root, self.folder, self.prefix = root, folder, prefix
+        self.weight_map: dict[str, str] = {}
+        self.files: dict[str, FileRecord] = {}
+        self.error: str | None = None
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        tensor = tensor.detach().cpu().contiguous()
+        if self._pending and self._pending_bytes + tensor.nbytes > SHARD_BYTES:
+            self.flush()
+        self._pending[name] = tensor
+        self._pending_bytes += tensor.nbytes
+
+    def flush(self) -> None:
+        """Write, sync and hash what has been collected."""
+        pending, self._pending, self._pending_bytes = self._pending, {}, 0
+        if not pending or self.error:
+            return
+        name = f"{self.prefix}-{len(self.files):05d}.safetensors"
+        path = self.root / self.folder / name
+        try:
+            # transformers refuses safetensors files without this mark.
+            save_file(pending, path, metadata={"format": "pt"})
+            sync_file(path)
+            self.files[f"{self.folder}/{name}"] = file_record(path)
+            self.weight_map |= dict.fromkeys(pending, name)
+        except Exception as error:  # safetensors raises its own class for a full disk
+            self.error = f"{path}: {error}"
+
+
+def write_index(path: Path, weight_map: Mapping[str, str], **extra: Any) -> None:
+    """An index in the layout transformers reads (`weight_map`), with `extra` keys beside it."""
+    write_json(path, {"metadata": {}, "weight_map": dict(sorted(weight_map.items())), **extra})
+
+
+class TensorReader:
+    """Reads named tensors from an indexed or single-file safetensors folder; files are mapped.
+
+    Raises:
+        FileNotFoundError: neither an index nor `model.safetensors` is in the folder.
+    """
+
+    def __init__(self, folder: Path, index_name: str = "model.safetensors.index.json") -> None:
+        self.folder = folder
+        index = folder / index_name
+        self.index: dict[str, Any] = json.loads(index.read_text()) if index.is_file() else {}
+        self._open: dict[str, Any] = {}
+        if self.index:
+            self.weight_map: dict[str, str] = self.index["weight_map"]
+        elif (folder / "model.safetensors").is_file():
+            with safe_open(folder / "model.safetensors", framework="pt") as single:
+                self.weight_map = dict.fromkeys(single.keys(), "model.safetensors")
+        else:
+            raise FileNotFoundError(f"no {index_name} and no model.safetensors in {folder}")
+
+    def _file(self, name: str) -> Any:
+        file_name = self.weight_map[name]
+        if file_name not in self._open:
+            self._open[file_name] = safe_open(self.folder / file_name, framework="pt")
+        return self._open[file_name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file(name).get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file(name).get_tensor(name)
+
+
+def shape_problems(
+    reader: TensorReader, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()
+) -> list[str]:
+    """Every difference between the tensors of a folder and those a model expects (headers only)."""
+    problems = []
+    missing = sorted(set(expected) - set(reader.weight_map))
+    surplus = sorted(set(reader.weight_map) - set(expected) - set(ignored))
+    if missing:
+        problems.append(f"{len(missing)} of {len(expected)} tensors missing, first {missing[0]}")
+    if surplus:
+        problems.append(f"{len(surplus)} unknown tensor(s), first {surplus[0]}")
+    for name in sorted(set(expected) & set(reader.weight_map)):
+        if (found := reader.shape(name)) != tuple(expected[name]):
+            problems.append(f"{name}: shape {list(found)}, the model has {list(expected[name])}")
+    return problems
+
+
+def open_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], flag: str) -> TensorReader:
+    """The weights of a Hugging Face folder, every name and shape compared with the model's.
+
+    Args:
+        flag: the option that named the folder, for messages.
+
+    Raises:
+        UserError: no safetensors there, or names or shapes differ.
+    """
+    try:
+        reader = TensorReader(folder)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{flag} {folder}: {error}. Weights are read from safetensors only (pickled .bin files "
+            "can run code); convert them with transformers' save_pretrained."
+        ) from None
+    # With tied embeddings the head is no parameter of its own, but files may hold it.
+    tied = {"lm_head.weight"} - set(expected)
+    problems = shape_problems(reader, expected, ignored=tied)
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(
+            f"{flag} {folder} does not fit the model: {'; '.join(problems[:3])}{more}. Give the "
+            "--config that belongs to these weights."
+        )
+    return reader
+
+
+def same_values(loaded: Tensor, stored: Tensor) -> bool:
+    """Whether a loaded tensor is the stored one, cast to its precision."""
+    return torch.equal(loaded.cpu(), stored.to(loaded.dtype))

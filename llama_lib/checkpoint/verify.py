@@ -1,0 +1,76 @@
+"""`python -m llama_lib verify CHECKPOINT`: is this checkpoint whole, and does it hold a model?"""
+
+import argparse
+from pathlib import Path
+
+from llama_lib.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    hash_problems,
+    looks_like_hugging_face,
+    size_problems,
+    step_directories,
+)
+from llama_lib.errors import RunError, UserError
+
+
+def checkpoint_problems(directory: Path) -> list[str]:
+    """Everything wrong with a checkpoint: manifest, sizes, hashes, tensor names and shapes."""
+    try:
+        manifest = Manifest.read(directory)
+    except RunError as error:
+        return [str(error)]
+    problems = size_problems(directory, manifest)
+    if not problems:
+        problems = hash_problems(directory, manifest, manifest.files)
+    return problems or _tensor_problems(directory)
+
+
+def _tensor_problems(directory: Path) -> list[str]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from llama_lib.checkpoint.state import MASTER, MOMENTS
+    from llama_lib.checkpoint.store import OPTIMIZER_INDEX
+    from llama_lib.checkpoint.tensors import TensorReader, shape_problems
+
+    config = AutoConfig.from_pretrained(directory / "model")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    problems = shape_problems(TensorReader(directory / "model"), expected)
+    moments = {
+        f"{name}/{key}": shape for name, shape in expected.items() for key in (MASTER, *MOMENTS)
+    }
+    problems += shape_problems(TensorReader(directory / "optimizer", OPTIMIZER_INDEX), moments)
+    return problems
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m llama_lib verify",
+        description="Check manifest, hashes, tensor names and shapes. Exit code 1: a problem.",
+    )
+    parser.add_argument("checkpoint", help="a step-XXXXXXXX directory, or a save_dir (all of them)")
+    path = Path(parser.parse_args(argv).checkpoint)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory.")
+    if looks_like_hugging_face(path):
+        raise UserError(f"{path} is a Hugging Face folder, not a checkpoint: it has no {MANIFEST}.")
+    targets = [path] if (path / MANIFEST).is_file() else step_directories(path) or [path]
+    failed = False
+    for target in targets:
+        problems = checkpoint_problems(target)
+        failed |= bool(problems)
+        if problems:
+            print(f"{target}: DAMAGED")
+            for problem in problems:
+                print(f"  {problem}")
+        else:
+            manifest = Manifest.read(target)
+            size = sum(record.size for record in manifest.files.values())
+            print(
+                f"{target}: good; step {manifest.step}, {manifest.plugin}, "
+                f"{len(manifest.files)} files, {size / 2**20:.1f} MB"
+            )
+    return int(failed)
