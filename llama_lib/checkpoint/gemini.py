@@ -30,8 +30,8 @@ def _parameters_by_chunk(optimizer: Any) -> dict[Any, list[int]]:
 
 def gather_chunks(
     optimizer: Any, keys: Sequence[str]
-) -> Iterator[tuple[list[int], str, list[Tensor]]]:
-    """(parameter ids, key, their full flat tensors on the host) for every chunk and key.
+) -> Iterator[list[tuple[int, dict[str, Tensor]]]]:
+    """For every chunk its parameters' (id, {key: full flat tensor on the host}).
 
     All ranks must iterate; ranks other than 0 get empty lists.
 
@@ -39,13 +39,13 @@ def gather_chunks(
         keys: entries of the optimizer's state, each as long as this rank's part of a parameter.
     """
     for chunk, parameter_ids in _parameters_by_chunk(optimizer).items():
-        for key in keys:
-            full = _gather(_shard(optimizer, chunk, parameter_ids, key), chunk)
-            if full is None:
-                yield [], key, []
-                continue
-            infos = [chunk.tensors_info[optimizer.id_to_real_params[i]] for i in parameter_ids]
-            yield parameter_ids, key, [full[info.offset : info.end] for info in infos]
+        full = {key: _gather(_shard(optimizer, chunk, parameter_ids, key), chunk) for key in keys}
+        gathered = []
+        for parameter_id in parameter_ids:
+            info = chunk.tensors_info[optimizer.id_to_real_params[parameter_id]]
+            tensors = {k: t[info.offset : info.end] for k, t in full.items() if t is not None}
+            gathered.append((parameter_id, tensors))
+        yield gathered if dist.get_rank() == 0 else []
 
 
 def _shard(optimizer: Any, chunk: Any, parameter_ids: list[int], key: str) -> Tensor:

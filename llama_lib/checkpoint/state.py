@@ -112,9 +112,9 @@ Entry = tuple[int, int, dict[str, Tensor]]  # parameter id, Adam steps, tensors 
 def _gemini_entries(engine: Engine) -> Iterator[Entry]:
     optimizer = engine.optimizer
     steps = gemini.adam_steps(optimizer, engine.device)
-    for parameter_ids, key, tensors in gemini.gather_chunks(optimizer, (MASTER, *MOMENTS)):
-        for parameter_id, tensor in zip(parameter_ids, tensors, strict=True):
-            yield parameter_id, steps, {key: tensor}
+    for parameters in gemini.gather_chunks(optimizer, (MASTER, *MOMENTS)):
+        for parameter_id, tensors in parameters:
+            yield parameter_id, steps, tensors
         _keep_step(engine)
 
 
@@ -141,9 +141,8 @@ def _hybrid_entries(engine: Engine) -> Iterator[Entry]:
 
 
 def gather_optimizer(engine: Engine) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
-    """(name, Adam steps done, full tensors by key, in fp32) on the writers.
+    """(name, Adam steps done, {master, exp_avg, exp_avg_sq} in full shape and fp32) on the writers.
 
-    A parameter may come several times, each time with other keys of master, exp_avg, exp_avg_sq.
     All ranks must iterate to the end.
     """
     if engine.layout.plugin.startswith("gemini"):
