@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ SAVE_AND_EXIT = "save_and_exit"
 
 # torchrun kills its workers 30 s after a signal: 10 s to agree leaves 20 s to save.
 ANSWER_SECONDS = 10.0
+
+# A Ctrl-C may come from the terminal and, at once, again from the launcher; a hand takes longer.
+ECHO_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Requests:
         self._flags = torch.zeros(3, dtype=torch.int32)
         self._work: dist.Work | None = None
         self._signal_number = 0
+        self._interrupted: float | None = None  # when the latest Ctrl-C came
         self._deadline: threading.Timer | None = None
         self._in_step = False
         self._lock = threading.Lock()
@@ -71,11 +76,18 @@ class Requests:
             number = received[0]
             if number not in (signal.SIGTERM, signal.SIGINT):
                 continue
-            if number == signal.SIGINT and self._signal_number == signal.SIGINT:
-                os._exit(128 + number)  # the second Ctrl-C of an impatient user
+            if self._is_impatient(number):
+                os._exit(128 + number)
             with self._lock:
                 self._signal_number = self._signal_number or number
                 self._watch_step()
+
+    def _is_impatient(self, number: int) -> bool:
+        """Whether this is a user's second Ctrl-C, not the first one passed on by the launcher."""
+        if number != signal.SIGINT:
+            return False
+        first, self._interrupted = self._interrupted, time.monotonic()
+        return first is not None and self._interrupted - first > ECHO_SECONDS
 
     def _watch_step(self) -> None:
         """Start the deadline of a signal; a rank that saves or evaluates is not overdue."""

@@ -114,12 +114,12 @@ def test_publishing_renames_and_points_at_the_newest(tmp_path):
     assert (tmp_path / "latest").read_text() == "step-00000003\n"
 
 
-def test_publishing_a_step_again_replaces_it(tmp_path):
-    checkpoint(tmp_path, 3, complete=False)
+def test_publishing_never_replaces_a_checkpoint(tmp_path):
+    older = checkpoint(tmp_path, 3)
     temporary = checkpoint(tmp_path / "new", 3).rename(tmp_path / "step-00000003.tmp")
-    publish(temporary, step_directory(tmp_path, 3))
-    assert problems(step_directory(tmp_path, 3)) == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "new", "step-00000003"]
+    with pytest.raises(FileExistsError, match="step-00000003 is there already"):
+        publish(temporary, older)
+    assert problems(older) == []
 
 
 def test_old_checkpoints_go_and_broken_ones_do_not_count(tmp_path):
@@ -163,7 +163,6 @@ def test_little_space_is_said_with_numbers(tmp_path):
     message = free_space_problem(tmp_path, needed)
     assert message is not None
     assert f"a checkpoint needs about {needed / 2**30:.2f} GiB" in message
-    assert "--keep_last" in message
 
 
 # -- what --load and --save_dir refuse before anything starts --------------------------------------
@@ -193,8 +192,11 @@ def test_a_folder_of_checkpoints_is_refused_with_the_newest(tmp_path):
         check_load_argument(str(tmp_path), "checkpoint")
 
 
-def test_a_save_dir_in_use_is_refused_without_load(tmp_path):
-    refuse_occupied(str(tmp_path))
-    checkpoint(tmp_path, 7)
+@pytest.mark.parametrize("load", [None, "elsewhere/step-00000007"])
+def test_a_save_dir_in_use_is_refused_unless_it_is_continued(tmp_path, load):
+    refuse_occupied(str(tmp_path), load)
+    directory = checkpoint(tmp_path, 7)
     with pytest.raises(UserError, match=r"already holds 1 checkpoint.*--load auto"):
-        refuse_occupied(str(tmp_path))
+        refuse_occupied(str(tmp_path), load)
+    refuse_occupied(str(tmp_path), "auto")
+    refuse_occupied(str(tmp_path), str(directory))

@@ -186,6 +186,7 @@ def clipping(layout: str, precision: str, folder: Path) -> Report:
         {
             name: float(tensors["exp_avg"].double().square().sum())
             for name, _, tensors in gather_optimizer(engine)
+            if "exp_avg" in tensors
         }
     )
     return {"bound": bound, "norm": norm, "applied": math.sqrt(sum(squares.values())) / (1 - 0.9)}
