@@ -78,6 +78,9 @@ class Requests:
                 continue
             if self._is_impatient(number):
                 os._exit(128 + number)
+            if self._signal_number == 0 and dist.get_rank() == 0:
+                name = signal.Signals(number).name
+                print(f"{name}: saving after this step, then ending", file=sys.stderr, flush=True)
             with self._lock:
                 self._signal_number = self._signal_number or number
                 self._watch_step()
@@ -90,7 +93,12 @@ class Requests:
         return first is not None and self._interrupted - first > ECHO_SECONDS
 
     def _watch_step(self) -> None:
-        """Start the deadline of a signal; a rank that saves or evaluates is not overdue."""
+        """Start the deadline of a signal; a rank that saves or evaluates is not overdue.
+
+        A single process has nobody to wait for and no launcher that kills it: it takes its time.
+        """
+        if dist.get_world_size() == 1:
+            return
         if self._in_step and self._signal_number and self._deadline is None:
             self._deadline = threading.Timer(ANSWER_SECONDS, self._give_up)
             self._deadline.daemon = True

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llama_lib.checkpoint.manifest import (
     MANIFEST,
+    STEP_PATTERN,
     Manifest,
     hash_problems,
     looks_like_hugging_face,
@@ -57,7 +58,13 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{path}: no such directory.")
     if looks_like_hugging_face(path):
         raise UserError(f"{path} is a Hugging Face folder, not a checkpoint: it has no {MANIFEST}.")
-    targets = [path] if (path / MANIFEST).is_file() else step_directories(path) or [path]
+    targets = [path] if (path / MANIFEST).is_file() else step_directories(path)
+    if not targets and STEP_PATTERN.match(path.name):
+        targets = [path]
+    if not targets:
+        raise UserError(
+            f"{path}: no checkpoint here; expected step-XXXXXXXX or a --save_dir of some."
+        )
     failed = False
     for target in targets:
         problems = checkpoint_problems(target)
