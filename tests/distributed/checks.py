@@ -230,12 +230,20 @@ def saved_model(layout: str, precision: str, folder: Path) -> Report:
     served = LlamaForCausalLM.from_pretrained(path / "model", torch_dtype="auto")
     with torch.no_grad():
         expected = plain_loop.loss_sum(served(input_ids=ids).logits, labels).item()
+    mine = [part.input_ids for part in micro_batches(engine, ids, labels)]
+    # A pipeline keeps the shape of a training step, as `sample_text` does.
+    prompt = torch.cat(mine) if engine.layout.pp > 1 else mine[0]
+    position = LENGTH - 3  # under all_to_all in the second half, which another rank holds
+    with torch.no_grad():
+        logits = served(input_ids=prompt[:1]).logits[0, position].float()
+    sampled_from = engine.next_token_logits(prompt, position).cpu()
     rotary = [m for m in engine.module.modules() if hasattr(m, "rope_init_fn")]
     frequencies = served.model.rotary_emb.inv_freq
     return {
         "loss": found,
         "served_loss": expected,
         "served_dtype": str(served.dtype),
+        "next_token_difference": float((sampled_from - logits).abs().max() / logits.abs().max()),
         "vocabulary_rows": served.lm_head.weight.shape[0],
         "rotary_dtypes": sorted({str(m.inv_freq.dtype) for m in rotary}),
         "rotary_equal": all(torch.equal(m.inv_freq, frequencies) for m in rotary),

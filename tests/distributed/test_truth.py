@@ -190,6 +190,7 @@ def test_transformers_serves_the_model_that_was_trained(report: Job, job: str) -
     dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}[precision]
     assert result["served_dtype"] == dtype
     assert result["loss"] == pytest.approx(result["served_loss"], rel=1e-3)
+    assert result["next_token_difference"] < 2e-2
     assert result["rotary_dtypes"] == ["torch.float32"]
     assert result["rotary_equal"]
     assert result["vocabulary_rows"] == MODEL["vocab_size"]
