@@ -186,7 +186,6 @@ def clipping(layout: str, precision: str, folder: Path) -> Report:
         {
             name: float(tensors["exp_avg"].double().square().sum())
             for name, _, tensors in gather_optimizer(engine)
-            if "exp_avg" in tensors
         }
     )
     return {"bound": bound, "norm": norm, "applied": math.sqrt(sum(squares.values())) / (1 - 0.9)}
@@ -223,7 +222,7 @@ def saved_model(layout: str, precision: str, folder: Path) -> Report:
     engine = build(layout, precision)
     for step in range(1, 6):
         train_step(engine, step)
-    path = _save(engine, folder / layout, 5)
+    path = _save(engine, folder, 5)
     rows = rows_per_step(engine)
     ids, labels = batch(99, rows)
     found = engine.loss_sum(micro_batches(engine, ids, labels)).item()
@@ -262,7 +261,7 @@ def handover(layouts: str, precision: str, folder: Path) -> Report:
     for step in range(1, 4):
         train_step(engine, step)
     saved = {"weights": weight_hashes(engine), "optimizer": optimizer_hashes(engine)}
-    path = _save(engine, folder / layouts.replace(">", "-"), 3)
+    path = _save(engine, folder, 3)
     straight = [train_step(engine, step)[0] for step in (4, 5, 6)]
     del engine
     engine = build(loader, precision)
@@ -286,19 +285,18 @@ def full_disk(layout: str, precision: str, folder: Path) -> Report:
     """Every file of the second checkpoint stops growing early, as on a disk that fills up."""
     engine = build(layout, precision)
     train_step(engine, 1)
-    save_dir = folder / f"full_disk_{layout}"
-    first = _save(engine, save_dir, 1)
+    first = _save(engine, folder, 1)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, unlimited[1]))
     try:
-        _save(engine, save_dir, 2)
+        _save(engine, folder, 2)
         message = "saved"
     except RunError as error:
         message = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    found, _ = store.find_checkpoint("auto", str(save_dir))
-    left = sorted(path.name for path in save_dir.iterdir())
-    second = _save(engine, save_dir, 2)
+    found, _ = store.find_checkpoint("auto", str(folder))
+    left = sorted(path.name for path in folder.iterdir())
+    second = _save(engine, folder, 2)
     return {
         "message": message,
         "first": str(first),

@@ -1,6 +1,7 @@
 """torchrun worker.py FOLDER JOB...: runs jobs "check/layout/precision", one after the other.
 
-Each adds one line {"job": ..., "report" or "error": ...} to FOLDER/report.jsonl.
+Each adds one line {"job": ..., "report" or "error": ...} to FOLDER/report.jsonl, and has a folder
+of its own beside it.
 """
 
 import gc
@@ -26,7 +27,8 @@ def main() -> None:
         begin = time.perf_counter()
         line: dict[str, Any] = {"job": job}
         try:
-            line["report"] = CHECKS[check](layout, precision, folder)
+            own_folder = folder / job.replace("/", "-").replace(">", "-")
+            line["report"] = CHECKS[check](layout, precision, own_folder)
         except Exception:  # every rank meets it, or the launcher's time limit ends the others
             line["error"] = traceback.format_exc()
         line["seconds"] = time.perf_counter() - begin
