@@ -38,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Fast tests first: a slip shows in seconds, not after minutes of starting processes.
+    items.sort(key=lambda item: item.get_closest_marker("distributed") is not None)
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return
