@@ -5,7 +5,7 @@ torchrun --nproc_per_node 8 pretrain.py -p zero2 ...            one host
 colossalai run --nproc_per_node 8 --hostfile hosts.txt pretrain.py -p gemini ...   many hosts
 """
 
-from llama_lib.cli import run as run_command
+from llama_lib.cli import run_script
 
 
 def main(argv: list[str]) -> int:
@@ -28,4 +28,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_script(main)

@@ -99,3 +99,17 @@ def test_command_exists(name):
     assert spec is not None and spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text())
     assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_script_ends_with_its_code_and_all_its_output_and_no_shutdown(code):
+    """A finished run once ended with SIGABRT: a gloo thread met the interpreter's shutdown."""
+    program = (
+        "import atexit, sys; from llama_lib.cli import run_script; "
+        "atexit.register(lambda: print('shutdown')); "
+        f"run_script(lambda argv: print('last line', *argv) or {code})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "word"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (code, "last line word\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_lib import host
+from llama_lib.cli import run_script
 
 host.install()
 
@@ -176,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(lambda _: main())

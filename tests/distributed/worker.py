@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from llama_lib.cli import run_script
 from llama_lib.launch import start_process_group
 
 
@@ -41,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(lambda _: main())
