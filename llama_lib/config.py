@@ -65,6 +65,9 @@ class ModelOptions:
     flash_attention: bool = option(
         False, "ColossalAI's flash attention kernel; refused where none exists", SWITCH, short="a"
     )
+    document_mask: bool = option(
+        False, "tokens attend and are predicted within their own document only", SWITCH
+    )
     gradient_checkpoint: bool = option(
         False, "recompute activations in the backward pass: less memory, slower", SWITCH, short="g"
     )
@@ -75,7 +78,8 @@ class DataOptions:
     # option() is dataclasses.field and makes a new list each time.
     dataset: list[str] = option(  # noqa: RUF009
         ["togethercomputer/RedPajama-Data-1T-Sample"],
-        "what to train on: sample, files, folders, globs, a prepared dataset or a hub name",
+        "what to train on: sample, files, folders, globs, prepared or Megatron token files, hub"
+        " names; NAME[N] takes N documents of it, NAME:0.7 a share of the tokens",
         PATH,
         short="d",
         many=True,
@@ -92,9 +96,25 @@ class DataOptions:
         "~/.cache/llama_lib", "folder for datasets prepared from text given to --dataset", PATH
     )
     workers: int = option(
-        0, "threads that tokenise (0: the cores of this process)", integer(at_least=0)
+        0,
+        "processes that tokenise (0: the cores of this process; with --streaming one thread)",
+        integer(at_least=0),
     )
     skip_bad_lines: bool = option(False, "count bad input lines instead of stopping", SWITCH)
+    packing: str = option(
+        "concat",
+        "how documents fill rows: concat cuts them where a row ends, best_fit keeps them whole",
+        choice("concat", "best_fit"),
+    )
+    streaming: bool = option(
+        False, "tokenise while training, without preparing the data first", SWITCH
+    )
+    shuffle_window: int = option(
+        16, "pieces of 1 MiB among which --streaming shuffles documents", integer(at_least=1)
+    )
+    skip_steps: str | None = option(
+        None, "leave out the rows of these steps, as counted without this option", STEP_RANGE
+    )
 
 
 @dataclass

@@ -19,6 +19,12 @@ from torch import Tensor, nn
 
 from llama_lib.attention import flash_kernel, use_flash_attention
 from llama_lib.config import Options
+from llama_lib.document_attention import (
+    KERNELS,
+    document_kernel,
+    document_positions,
+    use_document_attention,
+)
 from llama_lib.layout import Layout
 from llama_lib.optim import build_optimizer, parameter_names
 from llama_lib.plugins import Setting, build_plugin, data_parallel_rank, supports_lazy_init
@@ -35,10 +41,15 @@ VOCABULARY_MULTIPLE = 64
 
 @dataclass
 class MicroBatch:
-    """Rows of one forward pass: `input_ids` and `labels` [rows, length], labels -100 = no loss."""
+    """Rows of one forward pass: `input_ids` and `labels` [rows, length], labels -100 = no loss.
+
+    `documents` [rows, length] numbers the documents of each row in their order; tokens then attend
+    within their own document only. Without it attention is causal over the whole row.
+    """
 
     input_ids: Tensor
     labels: Tensor
+    documents: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +182,9 @@ class Engine:
             logger.info("attention kernel: %s", flash_kernel())
             if layout.plugin != "hybrid_parallel":
                 use_flash_attention(model)
+        if options.model.document_mask:
+            logger.info("document mask kernel: %s", document_kernel(device, self.dtype))
+            use_document_attention(model)
         if options.model.gradient_checkpoint:
             # Non-reentrant recomputation keeps the graph that ColossalAI's hooks need.
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -220,11 +234,17 @@ class Engine:
             mode="sum",
         )
 
-    def _inputs(self, batch: MicroBatch) -> dict[str, Tensor]:
-        inputs = {"input_ids": batch.input_ids.to(self.device, non_blocking=True)}
+    def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(self.device, non_blocking=True)}
         if self.layout.sp_mode is not None and not self.options.model.flash_attention:
             # Without an explicit mask ColossalAI's sequence-parallel attention is not causal.
             inputs["attention_mask"] = self._causal_mask(*batch.input_ids.shape)
+        if batch.documents is not None:
+            assert self.options.model.document_mask, "the model was built without --document_mask"
+            mask_of = KERNELS[document_kernel(self.device, self.dtype)]
+            inputs["attention_mask"] = mask_of(batch.documents, self.device)
+            positions = document_positions(batch.documents)
+            inputs["position_ids"] = positions.to(self.device, non_blocking=True)
         return inputs
 
     def _causal_mask(self, rows: int, length: int) -> Tensor:
@@ -284,6 +304,7 @@ class Engine:
         optimizer: Any,
     ) -> Tensor:
         """Run the schedule over all rows; the mean criterion, zero before the last stage."""
+        assert all(b.documents is None for b in batches), "a pipeline knows no documents"
         rows = {
             "input_ids": torch.cat([b.input_ids for b in batches]),
             # Named "targets": under "labels" the model would compute a loss of its own.

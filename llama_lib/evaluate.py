@@ -3,8 +3,9 @@
 Invariant: neither reads or moves the training stream's data position or random state.
 """
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,27 +25,64 @@ TEMPERATURE = 0.8
 # All held-out sources together, weighted by their label tokens.
 TOTAL = "all"
 
-Rows = npt.NDArray[np.int64]
+
+@dataclass(frozen=True)
+class HeldOutRow:
+    """Each [max_length]: ids, labels (-100: no loss) and, with a document mask, the documents."""
+
+    ids: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.int32] | None
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that are predicted: the first of a row never is."""
+        return int((self.labels[1:] != IGNORED).sum())
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out documents and how they are cut: unshuffled rows of `max_length` ids."""
+    """The held-out documents and how they are cut: unshuffled rows of `max_length` ids.
+
+    With `document_mask` every document of a row stands alone, as in training.
+    """
 
     dataset: PreparedDataset
     max_length: int
+    document_mask: bool = False
 
     @cached_property
     def entropy(self) -> float:
         """Unigram entropy in nats per token: the loss of the best model that ignores context."""
         return unigram_entropy(self.dataset)
 
-    def rows(self, source: str) -> Iterator[tuple[Rows, int]]:
-        """(ids [max_length], how many of them are text) of one source, the last row padded."""
-        for ids in self.dataset.only(source).rows(self.max_length):
-            padded = np.zeros(self.max_length, np.int64)
-            padded[: len(ids)] = ids
-            yield padded, len(ids)
+    def rows(self, source: str) -> Iterator[HeldOutRow]:
+        """The rows of one source, the last one padded."""
+        ends = np.cumsum(self.dataset.readers[source].lengths, dtype=np.int64)
+        for number, ids in enumerate(self.dataset.only(source).rows(self.max_length)):
+            padding = self.max_length - len(ids)
+            labels = np.pad(ids, (0, padding), constant_values=IGNORED)
+            documents = None
+            if self.document_mask:
+                first = number * self.max_length
+                documents = row_documents(ends, first, first + len(ids), padding)
+                # A document's first token follows another's last, which says nothing of it.
+                labels[1:][documents[1:] != documents[:-1]] = IGNORED
+            yield HeldOutRow(np.pad(ids, (0, padding)), labels, documents)
+
+
+def row_documents(
+    ends: npt.NDArray[np.int64], first: int, last: int, padding: int
+) -> npt.NDArray[np.int32]:
+    """Which document each of the tokens `first` to `last` (exclusive) is of, counted from 0.
+
+    Args:
+        ends: where each document ends, in tokens from the beginning of the source.
+        padding: tokens of no document after them; they get a number of their own.
+    """
+    documents = np.searchsorted(ends, np.arange(first, last), side="right")
+    numbers = np.cumsum(np.diff(documents, prepend=documents[0]) > 0)
+    return np.pad(numbers, (0, padding), constant_values=numbers[-1] + 1).astype(np.int32)
 
 
 def held_out_losses(
@@ -66,7 +104,7 @@ def held_out_losses(
                 for first in range(0, len(mine), plan.batch_size)
             ]
             total += engine.loss_sum(batches).item()
-            labels += sum(max(0, length - 1) for _, length in rows)
+            labels += sum(row.num_labels for row in rows)
         if labels:
             losses[source] = total / labels
             sum_all, labels_all = sum_all + total, labels_all + labels
@@ -76,25 +114,24 @@ def held_out_losses(
 
 
 def _global_batches(
-    rows: Iterator[tuple[Rows, int]], size: int, limit: int
-) -> Iterator[list[tuple[Rows, int]]]:
+    rows: Iterator[HeldOutRow], size: int, limit: int
+) -> Iterator[list[HeldOutRow]]:
     """Batches of exactly `size` rows; the last is filled with rows without any label."""
     for _ in range(limit):
-        batch = [row for row, _ in zip(rows, range(size), strict=False)]
+        batch = list(itertools.islice(rows, size))
         if not batch:
             return
-        empty = (np.zeros_like(batch[0][0]), 0)
+        empty = replace(batch[0], labels=np.full_like(batch[0].labels, IGNORED))
         yield batch + [empty] * (size - len(batch))
         if len(batch) < size:
             return
 
 
-def _micro_batch(rows: list[tuple[Rows, int]]) -> MicroBatch:
-    ids = torch.from_numpy(np.stack([ids for ids, _ in rows]))
-    labels = ids.clone()
-    for index, (_, length) in enumerate(rows):
-        labels[index, length:] = IGNORED
-    return MicroBatch(ids, labels)
+def _micro_batch(rows: list[HeldOutRow]) -> MicroBatch:
+    ids = torch.from_numpy(np.stack([row.ids for row in rows]))
+    labels = torch.from_numpy(np.stack([row.labels for row in rows]))
+    documents = [row.documents for row in rows if row.documents is not None]
+    return MicroBatch(ids, labels, torch.from_numpy(np.stack(documents)) if documents else None)
 
 
 def sample_text(

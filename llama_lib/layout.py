@@ -131,6 +131,8 @@ def layout_problems(options: Options, world_size: int, config: Any) -> list[str]
 
     if parallel.plugin == "hybrid_parallel":
         problems += _hybrid_problems(options, layout, config, heads, kv_heads)
+    if options.model.document_mask:
+        problems += _document_problems(options, layout, config)
     if layout.dp < 1 or layout.dp * layout.tp * layout.pp * layout.sequence_axis != world_size:
         group = layout.tp * layout.pp * layout.sequence_axis
         problems.append(
@@ -216,6 +218,30 @@ def _hybrid_problems(
         problems.append("a model with tied embeddings is not tested under --tp or --pp above 1.")
     if config.model_type != "llama" and (layout.tp > 1 or layout.pp > 1 or layout.sp_mode):
         problems.append(f"model type {config.model_type} is not tested under --tp, --pp or --sp.")
+    return problems
+
+
+def _document_problems(options: Options, layout: Layout, config: Any) -> list[str]:
+    problems = []
+    if layout.pp > 1:
+        problems.append("--document_mask with --pp above 1 is not tested; use --pp 1.")
+    if options.parallel.sp_mode is not None:
+        problems.append(
+            "--document_mask with sequence parallelism is not tested; leave out --document_mask or "
+            "--sp_mode."
+        )
+    if options.model.flash_attention:
+        problems.append(
+            "-a with --document_mask: ColossalAI's kernel is causal over the whole row; leave out "
+            "-a, the mask chooses its own kernel."
+        )
+    if config.model_type != "llama":
+        problems.append(f"--document_mask with model type {config.model_type} is not tested.")
+    if getattr(config, "attention_dropout", 0.0) > 0:
+        problems.append(
+            "--document_mask with attention_dropout above 0 is not tested; set it to 0 in the "
+            "model's config.json."
+        )
     return problems
 
 

@@ -247,6 +247,11 @@ def _warn(line: str) -> None:
 
 
 def _value(item: Option, text: Any) -> Any:
+    if item.many and isinstance(text, dict):
+        # A file may write shares as a mapping: `a.jsonl: 0.7` is the word a.jsonl:0.7.
+        if not all(isinstance(share, str) for share in text.values()):
+            raise ValueError(text)
+        text = [f"{name}:{share}" for name, share in text.items()]
     texts = text if isinstance(text, list) else [text]
     if not all(isinstance(each, str) for each in texts):
         raise ValueError(text)

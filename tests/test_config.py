@@ -199,7 +199,7 @@ def test_everything_wrong_is_said_at_once(tmp_path):
         (["--max_step", "3"], "did you mean --max_steps?"),
         (["--batch-size", "3"], "did you mean --batch_size?"),
         (["-lr", "3e-4"], "did you mean --lr?"),
-        (["--streaming"], "unknown flag --streaming; see python pretrain.py --help"),
+        (["--frobnicate"], "unknown flag --frobnicate; see python pretrain.py --help"),
         (["7b"], "unexpected argument: got '7b'"),
         (["-g", "true"], "write --NAME or --no-NAME"),
         (["--gradient_checkpoint=true"], "gradient_checkpoint"),
@@ -292,3 +292,12 @@ def test_parsing_is_quick_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
     assert time.monotonic() - start < 2
+
+
+def test_shares_may_be_written_as_a_mapping(tmp_path):
+    path = tmp_path / "mixture.yaml"
+    path.write_text("data:\n  dataset: {a.jsonl: 0.7, 'b[500]': 0.3}\n")
+    options = parse_options("pretrain", ["--spec_file", str(path)])
+    assert options.data.dataset == ["a.jsonl:0.7", "b[500]:0.3"]
+    path.write_text("dataset: {a.jsonl: {b: 0.3}}\n")
+    assert "dataset" in problems(["--spec_file", str(path)])[0]

@@ -1,13 +1,20 @@
-"""Building the model: lazy or not, weights depend on the seed and the parameter's name alone."""
+"""Building the model: lazy or not, weights depend on the seed and the parameter's name alone.
+
+And what the model is handed for a micro-batch; what comes out of it is tests/distributed's.
+"""
 
 import hashlib
+import logging
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import LlamaConfig
 
-from llama_lib import host
-from llama_lib.engine import build_model, padded_vocabulary
+from llama_lib import engine, host
+from llama_lib.config import parse_options
+from llama_lib.engine import Engine, MicroBatch, build_model, padded_vocabulary
+from llama_lib.layout import layout_of
 
 CONFIG = {
     "hidden_size": 64,
@@ -66,3 +73,56 @@ def test_lazy_parameters_get_a_generator_of_the_device_they_will_be_on(monkeypat
 def test_padded_vocabulary_is_colossalais():
     assert padded_vocabulary(32000, 1) == 32000
     assert padded_vocabulary(32003, 2) == 32128
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def engine_of(flags: str) -> Engine:
+    options = parse_options("pretrain", f"-d unused -p zero2 -x bf16 -b 2 {flags}".split())
+    return Engine(options, layout_of(options, 1), LlamaConfig(**CONFIG), CPU, accumulation=1)
+
+
+DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1]], dtype=torch.int32)
+
+
+def micro_batch(documents: torch.Tensor | None) -> MicroBatch:
+    ids = torch.arange(12).view(2, 6)
+    return MicroBatch(ids, ids, documents)
+
+
+def test_documents_reach_the_model_as_a_mask_and_positions(process_group, caplog):
+    with caplog.at_level(logging.INFO, "llama_lib"):
+        masked = engine_of("--document_mask")
+    assert "document mask kernel: sdpa_block_mask" in caplog.messages
+    inputs = masked._inputs(micro_batch(DOCUMENTS))
+    assert inputs["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4]]
+    seen = inputs["attention_mask"].allowed.sum(-1).squeeze(1)  # tokens each token sees
+    assert torch.equal(seen, inputs["position_ids"] + 1)
+    # What samples of text are written with.
+    assert list(masked._inputs(micro_batch(None))) == ["input_ids"]
+
+
+def test_a_mask_is_built_once_per_micro_batch(process_group, monkeypatch):
+    masked = engine_of("--document_mask -g")
+    kernel, built = engine.KERNELS["sdpa_block_mask"], []
+
+    def counted(documents, device):
+        built.append(documents)
+        return kernel(documents, device)
+
+    monkeypatch.setitem(engine.KERNELS, "sdpa_block_mask", counted)
+    batches = [micro_batch(DOCUMENTS), micro_batch(DOCUMENTS.flip(0))]
+    masked.forward_backward(batches, 20)
+    assert len(built) == 2
+    assert built[0] is batches[0].documents and built[1] is batches[1].documents
+
+
+def test_documents_are_never_dropped_in_silence(process_group):
+    with pytest.raises(AssertionError, match="without --document_mask"):
+        engine_of("").forward_backward([micro_batch(DOCUMENTS)], 10)

@@ -77,6 +77,13 @@ def test_processes_are_divided(flags, processes, expected):
         ("-p zero2 --offload_optim_frac 1.0", 2, "zero2_cpu offloads the optimizer"),
         ("-p gemini_auto --offload_optim_frac 1.0", 2, "use -p gemini for fractions"),
         ("-p gemini --offload_param_frac 0.5", 2, "needs --offload_optim_frac 1.0"),
+        ("-p hybrid_parallel --pp 2 --document_mask", 2, "--document_mask with --pp above 1"),
+        (
+            "-p hybrid_parallel --tp 2 --sp_mode split_gather --document_mask",
+            2,
+            "leave out --document_mask or --sp_mode",
+        ),
+        ("-p gemini -a --document_mask", 2, "-a with --document_mask"),
     ],
 )
 def test_what_cannot_work_is_refused_with_what_can(flags, processes, message):
@@ -102,6 +109,25 @@ def test_models_that_are_not_tested_are_refused_by_name():
     mistral = problems("-p hybrid_parallel --tp 2 -x bf16", 2, model_type="mistral")
     assert "mistral" in mistral[0]
     assert problems("-p gemini -x bf16", 2, model_type="mistral") == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "-p gemini",
+        "-p gemini_auto",
+        "-p zero2",
+        "-p zero2_cpu",
+        "-p hybrid_parallel",
+        "-p hybrid_parallel --tp 2",
+        "-p gemini -g --accumulation_steps 4",
+    ],
+)
+def test_a_document_mask_goes_with_what_is_tested(flags):
+    flags += " --document_mask -x bf16"
+    assert problems(flags, 2) == []
+    assert "model type mistral" in problems(flags, 2, model_type="mistral")[-1]
+    assert "attention_dropout above 0" in problems(flags, 2, attention_dropout=0.1)[-1]
 
 
 def plan(flags: str, rows: int, processes: int = 2, length: int = 128):

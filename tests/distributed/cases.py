@@ -62,6 +62,13 @@ LAYOUTS = {
     "dp4_gemini": "-p gemini -b 1",
     "dp4_zero2": "-p zero2 -b 1",
 }
+# The same with a document mask.
+MASKED = (
+    *("zero2", "zero2_accumulate", "zero2_recompute", "zero2_cpu"),
+    *("gemini", "gemini_accumulate", "gemini_recompute", "gemini_offload_all", "gemini_auto"),
+    *("hybrid_zero0", "hybrid_zero1", "tp2", "tp2_accumulate", "tp2_recompute", "dp2_tp2_zero1"),
+)
+LAYOUTS |= {f"{name}_documents": f"{LAYOUTS[name]} --document_mask" for name in MASKED}
 FOUR_PROCESSES = ("tp2_pp2", "dp2_", "dp4_")
 
 

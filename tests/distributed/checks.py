@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_lib.checkpoint import store
@@ -23,7 +24,7 @@ from llama_lib.layout import layout_of
 from llama_lib.optim import learning_rate, set_learning_rate
 from tests.distributed import plain_loop
 from tests.distributed.cases import LEARNING_RATE, LENGTH, MODEL, SEED, STEPS, WARMUP, options_of
-from tests.distributed.plain_loop import IGNORED, batch, num_labels
+from tests.distributed.plain_loop import IGNORED, batch, num_labels, packed_batch
 
 POISONED = (3, 4)
 
@@ -54,22 +55,34 @@ def rows_per_step(engine: Engine) -> int:
     return training.batch_size * training.accumulation_steps * engine.layout.dp
 
 
-def micro_batches(engine: Engine, ids: torch.Tensor, labels: torch.Tensor) -> list[MicroBatch]:
+def micro_batches(
+    engine: Engine,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    documents: torch.Tensor | None = None,
+) -> list[MicroBatch]:
     """This rank's part of a global batch; replica r takes the r-th consecutive part."""
     size = engine.options.training.batch_size
     count = size * engine.options.training.accumulation_steps
     first = engine.dp_rank * count
     return [
-        MicroBatch(ids[start : start + size], labels[start : start + size])
+        MicroBatch(
+            ids[start : start + size],
+            labels[start : start + size],
+            None if documents is None else documents[start : start + size],
+        )
         for start in range(first, first + count, size)
     ]
 
 
 def train_step(engine: Engine, step: int) -> tuple[float, float | None]:
     """(loss, gradient norm) of one step of the shared batches and schedule."""
-    ids, labels = batch(step, rows_per_step(engine))
+    rows = rows_per_step(engine)
+    masked = engine.options.model.document_mask
+    ids, labels, documents = packed_batch(step, rows) if masked else (*batch(step, rows), None)
     set_learning_rate(engine.optimizer, learning_rate(step, STEPS, WARMUP, LEARNING_RATE))
-    share = engine.forward_backward(micro_batches(engine, ids, labels), num_labels(labels))
+    batches = micro_batches(engine, ids, labels, documents)
+    share = engine.forward_backward(batches, num_labels(labels))
     return engine.reduce_loss(share), engine.step().value
 
 
@@ -113,11 +126,13 @@ def plain_weights(precision: str) -> dict[str, torch.Tensor]:
 
 # -- the checks ------------------------------------------------------------------------------------
 
-_plain_curves: dict[tuple[str, int, frozenset[int]], plain_loop.Curve] = {}
+_plain_curves: dict[tuple[str, int, frozenset[int], bool], plain_loop.Curve] = {}
 
 
-def _plain(precision: str, rows: int, skipped: frozenset[int]) -> Report:
-    key = (precision, rows, skipped)
+def _plain(engine: Engine, skipped: frozenset[int]) -> Report:
+    options = engine.options
+    precision = options.training.mixed_precision
+    key = (precision, rows_per_step(engine), skipped, options.model.document_mask)
     if key not in _plain_curves:
         _plain_curves[key] = plain_loop.train(plain_weights(precision), *key)
     return vars(_plain_curves[key])
@@ -135,7 +150,7 @@ def truth(layout: str, precision: str, folder: Path) -> Report:
     return {
         "losses": [loss for loss, _ in results],
         "norms": [norm for _, norm in results],
-        "plain": _plain(precision, rows_per_step(engine), overflows),
+        "plain": _plain(engine, overflows),
         "overflows": sorted(overflows),
         "initial_weights": initial,
         "plain_weights": {
@@ -173,7 +188,7 @@ def nonfinite(layout: str, precision: str, folder: Path) -> Report:
         "norms": norms,
         "changed": changed,
         "skipped": sorted(skipped),
-        "plain": _plain(precision, rows_per_step(engine), skipped),
+        "plain": _plain(engine, skipped),
     }
 
 
@@ -207,14 +222,97 @@ def causality(layout: str, precision: str, folder: Path) -> Report:
 
 
 def _token_losses(
-    engine: Engine, ids: torch.Tensor, labelled: torch.Tensor | None = None
+    engine: Engine,
+    ids: torch.Tensor,
+    labelled: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
 ) -> Iterator[float]:
     """The loss at every position that has a label, from 0."""
     targets = ids if labelled is None else labelled
     for position in range(LENGTH - 1):
         labels = torch.full_like(ids, IGNORED)
         labels[:, position + 1] = targets[:, position + 1]
-        yield engine.loss_sum(micro_batches(engine, ids, labels)).item()
+        yield engine.loss_sum(micro_batches(engine, ids, labels, documents)).item()
+
+
+# Documents of a row; each has ids of its own, so that the embedding's gradient tells them apart.
+BORDERS = {"first": (0, 10), "middle": (10, 21), "last": (21, LENGTH)}
+IDS = {"first": range(0, 150), "middle": range(150, 300), "last": range(300, 450)}
+
+
+def isolation(layout: str, precision: str, folder: Path) -> Report:
+    """What one document of a row has to do with another: in gradients, and in every token's loss.
+
+    "alone" are the losses of every document on its own in plain transformers.
+    """
+    engine = build(layout, precision)
+    rows = rows_per_step(engine)
+    generator = torch.Generator().manual_seed(rows)
+    ids = torch.cat([_random_ids(name, rows, generator) for name in BORDERS], dim=1)
+    lengths = torch.tensor([stop - start for start, stop in BORDERS.values()])
+    documents = torch.arange(len(lengths)).repeat_interleave(lengths).int().repeat(rows, 1)
+    report: Report = {"borders": BORDERS}
+    report["reached"] = _reached(engine, ids, documents)
+    report["reached_without_a_mask"] = _reached(engine, ids, None)
+    for step in range(1, 4):  # at initialisation attention is near uniform and would hide little
+        train_step(engine, step)
+    report["losses"] = list(_token_losses(engine, ids, documents=documents))
+    for name, (start, stop) in BORDERS.items():
+        other = ids.clone()
+        other[:, start:stop] = _random_ids(name, rows, generator)
+        losses = _token_losses(engine, other, labelled=ids, documents=documents)
+        pairs = zip(losses, report["losses"], strict=True)
+        report[f"moved_by_{name}"] = [index for index, (a, b) in enumerate(pairs) if a != b]
+    weights = merged({name: tensor.detach().cpu() for name, tensor in gather_weights(engine)})
+    report["alone"] = _losses_alone(weights, precision, ids)
+    return report
+
+
+def _random_ids(name: str, rows: int, generator: torch.Generator) -> torch.Tensor:
+    start, stop = BORDERS[name]
+    return torch.randint(IDS[name].start, IDS[name].stop, (rows, stop - start), generator=generator)
+
+
+def _reached(engine: Engine, ids: torch.Tensor, documents: torch.Tensor | None) -> list[str]:
+    """The documents whose embeddings have changed Adam's first moment once the loss of the middle
+    one has been minimised for a step."""
+    before = _embedding_moment(engine)
+    labels = torch.full_like(ids, IGNORED)
+    middle = slice(BORDERS["middle"][0] + 1, BORDERS["middle"][1])
+    labels[:, middle] = ids[:, middle]
+    batches = micro_batches(engine, ids, labels, documents)
+    engine.forward_backward(batches, num_labels(labels))
+    engine.step()
+    moved = (_embedding_moment(engine) != before).any(dim=1)
+    return [name for name, part in IDS.items() if moved[part.start : part.stop].any()]
+
+
+def _embedding_moment(engine: Engine) -> torch.Tensor:
+    """The embedding's first moment, zeros before the first step."""
+    found = merged(
+        {
+            name: tensors["exp_avg"].cpu().clone()
+            for name, _, tensors in gather_optimizer(engine)
+            if "embed_tokens" in name
+        }
+    )
+    return next(iter(found.values()), torch.zeros(MODEL["vocab_size"], MODEL["hidden_size"]))
+
+
+def _losses_alone(
+    weights: dict[str, torch.Tensor], precision: str, ids: torch.Tensor
+) -> dict[str, float]:
+    """By position as in `_token_losses`: the rows' losses together, every document by itself."""
+    model = LlamaForCausalLM(llama_config("plain")).to(plain_loop.DTYPES[precision])
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.rope_init_fn(model.config, None)[0]
+    model.load_state_dict(weights)
+    losses = {}
+    for start, stop in BORDERS.values():
+        with torch.no_grad():
+            logits = model(input_ids=ids[:, start:stop]).logits[:, :-1].float()
+        found = cross_entropy(logits.transpose(1, 2), ids[:, start + 1 : stop], reduction="none")
+        losses |= {str(start + i): loss for i, loss in enumerate(found.sum(0).tolist())}
+    return losses
 
 
 def saved_model(layout: str, precision: str, folder: Path) -> Report:
@@ -308,5 +406,14 @@ def full_disk(layout: str, precision: str, folder: Path) -> Report:
 
 CHECKS: dict[str, Callable[[str, str, Path], Report]] = {
     check.__name__: check
-    for check in (truth, nonfinite, clipping, causality, saved_model, handover, full_disk)
+    for check in (
+        truth,
+        nonfinite,
+        clipping,
+        causality,
+        isolation,
+        saved_model,
+        handover,
+        full_disk,
+    )
 }

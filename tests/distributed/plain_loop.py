@@ -41,6 +41,43 @@ def batch(step: int, rows: int) -> tuple[Tensor, Tensor]:
     return ids, ids.masked_fill(torch.arange(LENGTH) < hidden, IGNORED)
 
 
+def packed_batch(step: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, labels, documents) [rows, LENGTH]: documents of random lengths, then padding.
+
+    A document is `batch`'s multiples of 31 from a start of its own. Its first token has no label,
+    padding has none, so rows, micro-batches and ranks weigh differently in the mean.
+    """
+    generator = torch.Generator().manual_seed(step)
+    position = torch.arange(LENGTH)
+    begins = torch.rand(rows, LENGTH, generator=generator) < 0.15
+    begins[:, 0] = True
+    begins[0, 1:] = position[1:] == 3  # the first row: three labels, then padding
+    filled = torch.randint(LENGTH // 2, LENGTH + 1, (rows, 1), generator=generator)
+    filled[0] = 5
+    begins = torch.where(position < filled, begins, position == filled)
+    documents = begins.cumsum(1) - 1
+    starts = torch.randint(0, 16, (rows, LENGTH), generator=generator).gather(1, documents)
+    padding = position >= filled
+    ids = ((starts + position) % 16 * 31).masked_fill(padding, 0)
+    return ids, ids.masked_fill(begins | padding, IGNORED), documents.int()
+
+
+def document_inputs(documents: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What plain transformers is told of documents: a mask [rows, 1, length, length] and positions.
+
+    Written pair by pair, as one would explain it.
+    """
+    rows, length = documents.shape
+    mask = torch.full((rows, 1, length, length), torch.finfo(dtype).min, dtype=dtype)
+    positions = torch.zeros(rows, length, dtype=torch.long)
+    for row, numbers in enumerate(documents.tolist()):
+        for query in range(length):
+            seen = [key for key in range(query + 1) if numbers[key] == numbers[query]]
+            mask[row, 0, query, seen] = 0
+            positions[row, query] = len(seen) - 1
+    return {"attention_mask": mask, "position_ids": positions}
+
+
 def num_labels(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
@@ -60,7 +97,11 @@ def rate(step: int) -> float:
 
 
 def train(
-    weights: dict[str, Tensor], precision: str, rows: int, skipped: frozenset[int] = frozenset()
+    weights: dict[str, Tensor],
+    precision: str,
+    rows: int,
+    skipped: frozenset[int] = frozenset(),
+    with_documents: bool = False,
 ) -> Curve:
     """STEPS steps on `rows` rows each, clipped to 1.0, decay 0.1 on matrices only.
 
@@ -86,8 +127,14 @@ def train(
     )
     curve = Curve()
     for step in range(1, STEPS + 1):
-        ids, labels = batch(step, rows)
-        loss = loss_sum(model(input_ids=ids).logits, labels) / num_labels(labels)
+        inputs: dict[str, Tensor] = {}
+        if with_documents:
+            ids, labels, documents = packed_batch(step, rows)
+            inputs = document_inputs(documents, dtype)
+        else:
+            ids, labels = batch(step, rows)
+        logits = model(input_ids=ids, **inputs).logits
+        loss = loss_sum(logits, labels) / num_labels(labels)
         curve.losses.append(loss.item())
         if step in skipped:
             curve.norms.append(None)

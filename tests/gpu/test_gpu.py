@@ -1,4 +1,4 @@
-"""The program on one NVIDIA GPU: the five plugins, kernels, flash attention, resume, memory."""
+"""On one NVIDIA GPU: the five plugins, kernels, flash attention, documents, resume, memory."""
 
 import re
 from collections.abc import Iterator
@@ -70,6 +70,102 @@ def test_flash_attention_trains_as_attention_does(
     train(flash, flags, command + " -a")
     expected = [record["loss"] for record in folder.records]
     assert [record["loss"] for record in flash.records] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_document_mask_trains(plugin: str, flags: list[str], folder: Folder) -> None:
+    command = f"{PLUGINS[plugin]} -x bf16 --document_mask -g --max_steps {STEPS}"
+    output = train(folder, flags, command)
+    assert re.search(r"document mask kernel: (flex_attention|flash_attn_varlen)", output)
+    losses = [record["loss"] for record in folder.records]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def documents_of(rows: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return (torch.rand(rows, length, generator=generator) < 0.02).cumsum(1).int()
+
+
+def skip_without_flash_attn(kernel: str, precision: torch.dtype) -> None:
+    if kernel == "flash_attn_varlen":
+        pytest.importorskip("flash_attn")
+        if precision == torch.float32:
+            pytest.skip("flash-attn computes in half precision only")
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [32, 200, 1024])
+@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attn_varlen"])
+def test_a_document_kernel_is_sdpa_with_the_block_mask(
+    kernel: str, length: int, precision: torch.dtype
+) -> None:
+    """Output and gradients, with fewer key-value heads than heads, against fp32."""
+    from llama_lib.document_attention import KERNELS
+
+    skip_without_flash_attn(kernel, precision)
+    device = torch.device("cuda", 0)
+    torch.manual_seed(0)
+    states = [torch.randn(3, heads, length, 64, device=device) for heads in (8, 2, 2)]
+    upstream = torch.randn(3, length, 8, 64, device=device)
+    results = []
+    for name, dtype in ((kernel, precision), ("sdpa_block_mask", torch.float32)):
+        mask = KERNELS[name](documents_of(3, length), device)
+        query, key, value = (each.to(precision).to(dtype).requires_grad_() for each in states)
+        output = mask.attend(query, key, value, 0.125)
+        output.backward(upstream.to(dtype))
+        results.append([output, query.grad, key.grad, value.grad])
+    # fp32 products may be tf32's.
+    tolerance = 5e-3 if precision == torch.float32 else 3e-2
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == precision
+        torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attn_varlen"])
+def test_a_model_with_a_document_kernel_is_one_with_the_block_mask(kernel: str) -> None:
+    """Loss and gradients over three micro-batches, recomputed in the backward pass."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llama_lib.document_attention import (
+        KERNELS,
+        document_positions,
+        use_document_attention,
+    )
+
+    skip_without_flash_attn(kernel, torch.bfloat16)
+    device = torch.device("cuda", 0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_cache=False,
+    )
+    results = []
+    for name in (kernel, "sdpa_block_mask"):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(device, torch.bfloat16).train()
+        use_document_attention(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        losses = []
+        for length in (256, 300, 1024):
+            documents = documents_of(2, length)
+            ids = torch.randint(0, 512, (2, length)).to(device)
+            logits = model(
+                input_ids=ids,
+                attention_mask=KERNELS[name](documents, device),
+                position_ids=document_positions(documents).to(device),
+            ).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+            )
+            loss.backward()
+            losses.append(loss.item())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        results.append([*losses, norm])
+    assert results[0] == pytest.approx(results[1], rel=1e-2)
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
