@@ -11,7 +11,7 @@ from llama_lib.errors import UserError
 
 # name: (module:function taking the arguments, what it does)
 COMMANDS = {
-    "tokenizer": ("llama_lib.data.tokenizer:main", "train a tokenizer on text"),
+    "tokenizer": ("llama_lib.data.tokenizer_command:main", "train a tokenizer on text"),
     "prepare": ("llama_lib.data.prepare:main", "tokenise text into a prepared dataset"),
     "inspect": ("llama_lib.data.inspect:main", "show a prepared dataset"),
     "verify": ("llama_lib.checkpoint.verify:main", "check a checkpoint's files, names and shapes"),

@@ -6,19 +6,17 @@ tokenizer.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_lib.data.once import once
 from llama_lib.data.sample import write_sample
-from llama_lib.data.sources import Source, records, resolve
+from llama_lib.data.sources import Source, records
 from llama_lib.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,23 +36,7 @@ def load_tokenizer(
 
     Raises UserError when there is none, when it has no fast form, or no end-of-text token.
     """
-    if name_or_path == "sample":
-        return load_tokenizer(str(sample_tokenizer(cache_dir)))
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"no tokenizer can be loaded from {name_or_path!r}: {reason[0]} Expected a folder with "
-            "tokenizer.json, a hub id, or `sample`: pass it with --tokenizer."
-        ) from error
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer of {name_or_path!r} has no fast form (tokenizer.json), which preparing "
-            "data needs. Choose another with --tokenizer."
-        )
+    tokenizer = fast_tokenizer(name_or_path, cache_dir)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {name_or_path!r} has no eos_token, which ends each document. Set it "
@@ -63,8 +45,47 @@ def load_tokenizer(
     return tokenizer
 
 
+def fast_tokenizer(
+    name_or_path: str, cache_dir: str | Path = DEFAULT_CACHE_DIR, flag: str = "--tokenizer"
+) -> PreTrainedTokenizerBase:
+    """As load_tokenizer, but it need not end documents; `flag` is named in the errors."""
+    if name_or_path == "sample":
+        name_or_path = str(sample_tokenizer(cache_dir))
+    try:
+        tokenizer = _class_of(name_or_path).from_pretrained(name_or_path)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"no tokenizer can be loaded from {name_or_path!r}: {reason[0]} Expected a folder with "
+            f"tokenizer.json, a hub id, or `sample`: pass it with {flag}."
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {name_or_path!r} has no fast form (tokenizer.json), which preparing "
+            f"data needs. Choose another with {flag}."
+        )
+    return tokenizer
+
+
+def _class_of(name_or_path: str) -> Any:
+    """AutoTokenizer, or the class it would come to where the folder says so.
+
+    Importing all that AutoTokenizer chooses from takes longer than tokenising 10 MB (measured).
+    """
+    settings = Path(name_or_path) / "tokenizer_config.json"
+    if settings.is_file():
+        chosen = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class")
+        if chosen == "PreTrainedTokenizerFast":
+            from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Byte-level BPE with `<unk> <s> </s>` = 0 1 2; any text survives encoding and decoding.
+    """The sample's: byte-level BPE with `<unk> <s> </s>` = 0 1 2; any text comes back exactly.
 
     Padding is `<unk>`: bytes cover every text, so `<unk>` never occurs and masking it is safe,
     whereas padding with `</s>` would mask the real ends of documents.
@@ -113,13 +134,30 @@ def sample_tokenizer(cache_dir: str | Path, vocab_size: int = SAMPLE_VOCAB_SIZE)
     return folder
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the Hugging Face folder under another name first, so that it is whole or absent."""
+def save_tokenizer(tokenizer: Any, folder: Path, beside: Mapping[str, str] | None = None) -> None:
+    """Write the Hugging Face folder under another name first, so that it is whole or absent.
+
+    `beside` are more files for it: name and text.
+    """
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save_pretrained(temporary)
+    _name_class(tokenizer, temporary / "tokenizer_config.json")
+    for name, text in (beside or {}).items():
+        (temporary / name).write_text(text, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def _name_class(tokenizer: Any, path: Path) -> None:
+    """Call the plain fast class by its own name: save_pretrained writes that of the slow one."""
+    from transformers import PreTrainedTokenizerFast
+
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["tokenizer_class"] = PreTrainedTokenizerFast.__name__
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -146,6 +184,12 @@ def bare_backend(tokenizer: Any) -> Any:
     return backend
 
 
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether it puts BOS in front of a text: then prompts will begin with it when the model is
+    used, and documents have to in training."""
+    return tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
 def vocabulary_size(tokenizer: Any) -> int:
     """One more than the largest id the tokenizer can give."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -161,32 +205,3 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> list[str]:
         f"have no embedding. Use the model's own tokenizer (--tokenizer) or a --config with "
         f"vocab_size >= {ids}."
     ]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m llama_lib tokenizer", description="Train a byte-level BPE tokenizer."
-    )
-    parser.add_argument("-d", "--dataset", nargs="+", default=["sample"], help="as in pretrain.py")
-    parser.add_argument("--output", required=True, help="folder to write (Hugging Face format)")
-    parser.add_argument("--vocab_size", type=int, default=SAMPLE_VOCAB_SIZE, help="number of ids")
-    parser.add_argument("--cache_dir", default=DEFAULT_CACHE_DIR, help="where `sample` is kept")
-    parser.add_argument("--skip_bad_lines", action="store_true", help="drop and count bad lines")
-    arguments = parser.parse_args(argv)
-
-    from tqdm import tqdm
-
-    output = Path(arguments.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not empty: choose another --output.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    sources = resolve(arguments.dataset, Path(arguments.cache_dir).expanduser())
-    texts = (text for source in sources for text in records(source, arguments.skip_bad_lines))
-    bar = tqdm(texts, desc="reading", unit=" documents", disable=not sys.stderr.isatty())
-    tokenizer = train_tokenizer(bar, arguments.vocab_size)
-    save_tokenizer(tokenizer, output)
-    size = vocabulary_size(tokenizer)
-    print(f"{output}: {size} ids, hash {tokenizer_hash(tokenizer)[:16]}")
-    if size < arguments.vocab_size:
-        print(f"the text gives no more than {size} of {arguments.vocab_size} ids")
-    return 0
