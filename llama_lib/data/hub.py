@@ -6,11 +6,13 @@ The clients' own settings (HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE) hold 
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from llama_lib.data.readers import FORMATS, file_format
 from llama_lib.errors import UserError
 
 _REACHABLE_SECONDS = 10.0
@@ -58,6 +60,22 @@ _REGISTRY: dict[str, _DataFiles | _Parquet] = {
 }
 
 
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a dataset on the hub, which may not be here yet."""
+
+    parts: tuple[str, ...]  # what its source may be called
+    name: str  # within the repository
+    repository: str
+    revision: str  # a commit, so that a file cannot change between listing and download
+    size: int  # bytes
+
+    def download(self) -> Path:
+        """The file in the hub's local cache, fetched if it is not there yet."""
+        with _told(self.repository):
+            return _download(self.repository, self.name, self.revision)
+
+
 class _Unreachable(Exception):
     """The hub does not answer, and its files are not in the local cache."""
 
@@ -73,25 +91,57 @@ def is_hub_name(dataset: str) -> bool:
 def hub_files(dataset: str) -> Found:
     """Download `organisation/name[:configuration]`: (name parts of a source, local file) each.
 
-    Tried in turn: the registry above, `datasets.load_dataset`, the hub's parquet branch.
+    Tried in turn: the registry above, `datasets.load_dataset`, the data files as they are, the
+    hub's parquet branch.
     """
     name, _, config = dataset.partition(":")
     entry = _REGISTRY.get(name)
-    try:
+    with _told(dataset):
         if isinstance(entry, _DataFiles):
             return _data_files(name, entry)
         if isinstance(entry, _Parquet):
+            return _downloaded(_parquet_branch(name, config or entry.config))
+        try:
+            return _load_dataset(name, config)
+        except _Missing as error:
+            tried = f"Tried datasets.load_dataset: {error}. "
+        return _downloaded(_any_listing(name, config, tried))
+
+
+def hub_listing(dataset: str) -> list[HubFile]:
+    """The files of `organisation/name[:configuration]` in order, without downloading them.
+
+    The same names give the same sources as `hub_files`, but only files that we read as they are:
+    nothing goes through the datasets library. Needs the hub to answer.
+    """
+    name, _, config = dataset.partition(":")
+    entry = _REGISTRY.get(name)
+    with _told(dataset, "its files cannot be listed"):
+        if isinstance(entry, _DataFiles):
+            return _listed_data_files(name, entry)
+        if isinstance(entry, _Parquet):
             return _parquet_branch(name, config or entry.config)
-        return _any_dataset(name, config)
+        return _any_listing(name, config)
+
+
+@contextmanager
+def _told(dataset: str, why: str = "it is not in the local cache") -> Iterator[None]:
+    """What cannot be had, as the one message of a UserError."""
+    try:
+        yield
     except _Unreachable as error:
         raise UserError(
-            f"the hub cannot be reached and {dataset!r} is not in its local cache ({error}); no "
+            f"the hub cannot be reached for {dataset!r} and {why} ({error}); no "
             "file or folder has that name either. On a machine with network run: "
             f"python -m llama_lib prepare -d {dataset} --output DIR --tokenizer T, copy DIR, then "
             "-d DIR."
         ) from error
     except _Missing as error:
         raise UserError(f"{dataset!r} cannot be had from the hub: {error}.") from error
+
+
+def _downloaded(listing: list[HubFile]) -> Found:
+    return [(file.parts, _download(file.repository, file.name, file.revision)) for file in listing]
 
 
 def _data_files(name: str, entry: _DataFiles) -> Found:
@@ -112,8 +162,24 @@ def _data_files(name: str, entry: _DataFiles) -> Found:
     return found
 
 
-def _parquet_branch(name: str, config: str) -> Found:
-    files = _guarded(_list_files, name, PARQUET_BRANCH)
+def _listed_data_files(name: str, entry: _DataFiles) -> list[HubFile]:
+    commit, sizes = _guarded(_list_files, name, "main")
+    for file in entry.files:
+        if file not in sizes:
+            print(f"{name}: {file} is missing on the hub, left out", file=sys.stderr, flush=True)
+    listing = [
+        HubFile((*name.split("/"), Path(file).stem), file, name, commit, sizes[file])
+        for file in entry.files
+        if file in sizes
+    ]
+    if not listing:
+        raise _Missing(f"none of its {len(entry.files)} files is there")
+    return listing
+
+
+def _parquet_branch(name: str, config: str) -> list[HubFile]:
+    commit, sizes = _guarded(_list_files, name, PARQUET_BRANCH)
+    files = sorted(sizes)
     configs = sorted({file.split("/")[0] for file in files if file.endswith(".parquet")})
     if not config and len(configs) == 1:
         config = configs[0]
@@ -129,32 +195,54 @@ def _parquet_branch(name: str, config: str) -> Found:
     wanted = [
         file
         for split in ("train", "partial-train")
-        for file in sorted(files)
+        for file in files
         if file.startswith(f"{config}/{split}/") and file.endswith(".parquet")
     ]
     if not wanted:
         splits = ", ".join(sorted({file.split("/")[1] for file in files if file.count("/") > 1}))
         raise _Missing(f"its parquet branch has no `train` split; found {splits}")
     parts = tuple(name.split("/"))
-    return [(parts, _download(name, file, PARQUET_BRANCH)) for file in wanted]
+    return [HubFile(parts, file, name, commit, sizes[file]) for file in wanted]
 
 
-def _any_dataset(name: str, config: str) -> Found:
+def _any_listing(name: str, config: str, tried: str = "") -> list[HubFile]:
+    """The data files of a repository if we read them, else those of its parquet branch."""
     try:
-        return _load_dataset(name, config)
-    except _Unreachable:
-        raise
+        return _plain_files(name, config)
     except _Missing as error:
-        first = error
+        tried += f"Tried its data files: {error}. "
     try:
         return _parquet_branch(name, config)
     except _Missing as error:
         raise UserError(
-            f"{name!r} is no file or folder and cannot be had from the hub. Tried "
-            f"datasets.load_dataset: {first}. Tried "
+            f"{name!r} is no file or folder and cannot be had from the hub. {tried}Tried "
             f"the branch {PARQUET_BRANCH}: {error}. Check the name, or convert the data once to "
             "jsonl or parquet with a `text` column and pass the files: -d path/to/*.jsonl."
         ) from error
+
+
+def _plain_files(name: str, config: str) -> list[HubFile]:
+    """The files of the train split as the datasets library finds them, in its order."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(name, config or None)
+    except Exception as error:
+        # As below: the class says little about the cause.
+        raise _cause(error, name) from error
+    splits = dict(builder.config.data_files or {})
+    if "train" not in splits:
+        raise _Missing(f"there is no `train` split; found {', '.join(map(str, splits)) or 'none'}")
+    revision = {url.partition("@")[2].partition("/")[0] for url in splits["train"]}
+    files = [url.partition("@")[2].partition("/")[2] for url in splits["train"]]
+    unread = [file for file in files if file_format(Path(file)) is None]
+    if unread or len(revision) != 1:
+        raise _Missing(f"{(unread or files)[0]} is none of {FORMATS}")
+    commit, sizes = _guarded(_list_files, name, revision.pop())
+    if absent := [file for file in files if file not in sizes]:
+        raise _Missing(f"{absent[0]} is not among its files")
+    parts = tuple(name.split("/"))
+    return [HubFile(parts, file, name, commit, sizes[file]) for file in files]
 
 
 def _load_dataset(name: str, config: str) -> Found:
@@ -168,10 +256,14 @@ def _load_dataset(name: str, config: str) -> Found:
     return [(tuple(name.split("/")), Path(file["filename"])) for file in loaded.cache_files]
 
 
-def _list_files(name: str, revision: str) -> list[str]:
+def _list_files(name: str, revision: str) -> tuple[str, dict[str, int]]:
+    """The commit that a revision is, and the size of every file in it."""
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
-    return HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
+    commit = HfApi().dataset_info(name, revision=revision).sha or revision
+    tree = HfApi().list_repo_tree(name, repo_type="dataset", revision=commit, recursive=True)
+    return commit, {file.path: file.size for file in tree if isinstance(file, RepoFile)}
 
 
 def _is_reachable() -> bool:

@@ -4,11 +4,14 @@ Invariant: resolving is deterministic, and no two sources share a name.
 """
 
 import glob
+import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llama_lib.data.hub import hub_files, is_hub_name
 from llama_lib.data.readers import FORMATS, TextFile, file_format
@@ -18,111 +21,272 @@ from llama_lib.errors import UserError
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
+# What a source may be called, from the outermost folder inwards.
+_Parts = tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Source:
-    """One stream of documents: the texts of `files`, in that order."""
+    """One stream of documents: the records of `files`, in that order.
+
+    `entry` is the place of the word of `-d` that it comes from.
+    """
 
     name: str
     files: tuple[Path, ...]
+    entry: int = 0
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One file; `apart` is what its source is called where entries that share `parts` must not."""
+
+    path: Path
+    parts: _Parts
+    apart: _Parts
+    may_share: bool = True
 
 
 def records(source: Source, skip_bad_lines: bool = False) -> Iterator[str]:
     """The texts of a source, streamed; a bad record is an error naming file and line."""
     for path in source.files:
-        yield from TextFile(path, skip_bad_lines)
+        reader = TextFile(path, skip_bad_lines)
+        if reader.is_rows:
+            raise UserError(f"{path} holds ready-made rows of token ids; text is expected here.")
+        yield from reader
 
 
-def resolve(datasets: str | Sequence[str], cache_dir: Path) -> list[Source]:
+def resolve(
+    datasets: str | Sequence[str], cache_dir: Path, entries_apart: bool = False
+) -> list[Source]:
     """Sources of one or several datasets; downloads what a hub name stands for.
 
     A source per file stem (`arxiv_sample.jsonl` is `arxiv_sample`); the shards
-    `x-00000-of-00002` and so on of one folder are one source. Equal stems get the names of
-    their folders in front. Raises UserError with every problem found.
+    `x-00000-of-00002` and so on of one folder are one source, and so is a folder written by
+    save_to_disk. With `entries_apart`, which limits and weights need, no source has files of two
+    entries. Equal stems get the names of their folders in front. Raises UserError with every
+    problem found.
     """
     datasets = [datasets] if isinstance(datasets, str) else list(datasets)
     problems: list[str] = []
-    groups: dict[tuple[str, ...], list[Path]] = {}
-    for dataset in datasets:
+    found: list[tuple[int, _Found]] = []
+    for entry, dataset in enumerate(datasets):
         try:
-            for path_parts, path in _expand(dataset, cache_dir):
-                files = groups.setdefault(path_parts, [])
-                if path in files:
-                    problems.append(f"{path} is given twice: name it once.")
-                files.append(path)
+            found += [(entry, file) for file in _expand(dataset, cache_dir)]
         except UserError as error:
             problems += error.problems
+    for path, times in Counter(file.path for _, file in found).items():
+        if times > 1:
+            problems.append(f"{path} is given twice: name it once.")
     if not datasets:
         problems.append("no dataset is given: pass one with -d.")
     if problems:
         raise UserError(problems)
+    groups = _groups(found, entries_apart)
     names = _names(list(groups))
-    return [Source(names[parts], tuple(files)) for parts, files in groups.items()]
+    sources = [
+        Source(names[parts], tuple(file.path for _, file in files), entry=files[0][0])
+        for parts, files in groups.items()
+    ]
+    _check_tables(sources)
+    return sources
 
 
-def _expand(dataset: str, cache_dir: Path) -> list[tuple[tuple[str, ...], Path]]:
-    """(what the source may be called, from the outermost folder inwards; file) in order."""
+def is_on_hub(dataset: str) -> bool:
+    """Whether a name is asked for on the hub, because no file or folder can be meant."""
+    is_local = os.path.exists(os.path.expanduser(dataset)) or glob.has_magic(dataset)
+    return (
+        dataset != "sample"
+        and not is_local
+        and is_hub_name(dataset)
+        and file_format(Path(dataset)) is None
+    )
+
+
+def _groups(
+    found: list[tuple[int, _Found]], entries_apart: bool
+) -> dict[_Parts, list[tuple[int, _Found]]]:
+    """The files of each source, in order."""
+    entries_of: dict[_Parts, set[int]] = {}
+    for entry, file in found:
+        entries_of.setdefault(file.parts, set()).add(entry)
+    groups: dict[_Parts, list[tuple[int, _Found]]] = {}
+    for entry, file in found:
+        shared = len(entries_of[file.parts]) > 1
+        # A shell writes a pattern out as one word per shard, which are one source all the same.
+        apart = shared and (entries_apart or not file.may_share)
+        groups.setdefault(file.apart if apart else file.parts, []).append((entry, file))
+    return groups
+
+
+def _expand(dataset: str, cache_dir: Path) -> list[_Found]:
+    """The files behind one entry, in order."""
     if dataset == "sample":
-        return [(("sample", path.stem), path) for path in write_sample(cache_dir / "sample")]
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        files = _folder_files(path)
-    elif path.is_file():
-        files = [path]
+        return [_named(path, "sample", path.stem) for path in write_sample(cache_dir / "sample")]
+    name = os.path.expanduser(dataset)
+    path = Path(name)
+    if os.path.isdir(name):
+        _check_is_no_result(path)
+        found = list(_in_folder(path))
+        if not found:
+            inside = {p.suffix or p.name for p in path.rglob("*") if p.is_file()}
+            raise UserError(
+                f"{path} holds no data; found {', '.join(sorted(inside)) or 'nothing'}, expected "
+                f"{FORMATS} files."
+            )
+    elif os.path.isfile(name):
+        found = [_file(path)]
     elif glob.has_magic(dataset):
-        files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        files = [file for file in files if file.is_file()]
-        if not files:
+        found = list(_matches(name))
+        if not found:
             raise UserError(f"{dataset}: no file matches this pattern (from {Path.cwd()}).")
-    elif is_hub_name(dataset) and file_format(path) is None:
-        return [((*parts,), file) for parts, file in hub_files(dataset)]
+    elif is_on_hub(dataset):
+        config = dataset.partition(":")[2]
+        return [
+            _Found(file, parts, (*parts, config) if config else parts, may_share=False)
+            for parts, file in hub_files(dataset)
+        ]
     else:
         raise UserError(f"{dataset}: there is no such file or folder (from {Path.cwd()}).")
     problems = [
-        f"{file}: unsupported kind of file; expected one of {FORMATS}."
-        for file in files
-        if file_format(file) in (None, "arrow")
+        f"{file.path}: unsupported kind of file; expected one of {FORMATS}."
+        for file in found
+        if file_format(file.path) is None
     ]
-    problems += [f"{file} is empty." for file in files if not file.stat().st_size]
+    problems += [f"{file.path} is empty." for file in found if not file.path.stat().st_size]
     if problems:
         raise UserError(problems)
-    return [(_source_parts(file), file.resolve()) for file in files]
+    return found
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    inside = {path.name for path in folder.iterdir()}
-    if "manifest.json" in inside:
-        raise UserError(f"{folder} is a prepared dataset, which has to be the only one given.")
-    if any(name.endswith(".idx") or name.endswith(".sizes") for name in inside):
+def _matches(pattern: str) -> Iterator[_Found]:
+    """The files that match, and the folders of save_to_disk that do."""
+    saved: list[Path] = []
+    for path in map(Path, sorted(glob.glob(pattern, recursive=True))):
+        if any(folder in path.parents for folder in saved):
+            continue
+        if _is_saved(path):
+            saved.append(path)
+            yield from _saved(path)
+        elif path.is_file():
+            yield _file(path)
+
+
+def _in_folder(folder: Path) -> Iterator[_Found]:
+    """The data files of a folder and of those inside it, in the order of their names."""
+    if _is_saved(folder):
+        yield from _saved(folder)
+        return
+    inside = _listed(folder)
+    names = {path.name for path in inside}
+    has_arrow = any(name.endswith(".arrow") for name in names)
+    if has_arrow and {"state.json", "dataset_info.json"} & names:
+        raise UserError(
+            f"{folder} is an unfinished folder of save_to_disk or a cache of the datasets "
+            "library: it needs both state.json and dataset_info.json. Save it again: "
+            "dataset.save_to_disk(FOLDER), then -d FOLDER."
+        )
+    for path in inside:
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _in_folder(path)
+        elif path.is_file() and file_format(path) is not None:
+            yield _file(path)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}.") from error
+
+
+def _check_is_no_result(folder: Path) -> None:
+    names = {path.name for path in _listed(folder)}
+    if "manifest.json" in names:
+        raise UserError(f"{folder} is a prepared dataset; text is expected here.")
+    pairs = sorted(name.removesuffix(".idx") for name in names if name.endswith(".idx"))
+    if pairs or any(name.endswith(".sizes") for name in names):
         raise UserError(
             f"{folder} holds token files but no manifest.json: an unfinished or damaged prepared "
-            "dataset. Delete it and prepare it again."
+            "dataset. Delete it and prepare it again. A pair of files made by Megatron's tools is "
+            f"named without its endings: -d {folder / (pairs or ['PREFIX'])[0]}"
         )
-    if {"state.json", "dataset_dict.json", "dataset_info.json"} & inside:
-        raise UserError(
-            f"{folder} was written by save_to_disk. Export it once: "
-            f"datasets.load_from_disk({str(folder)!r}).to_parquet('data.parquet') "
-            "(for each split), then -d data.parquet."
-        )
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+
+
+def _is_saved(folder: Path) -> bool:
+    has = [
+        (folder / name).is_file()
+        for name in ("dataset_dict.json", "state.json", "dataset_info.json")
     ]
-    usable = [path for path in files if file_format(path) not in (None, "arrow")]
-    if not usable:
-        found = ", ".join(sorted({path.suffix or path.name for path in files})) or "nothing"
-        raise UserError(f"{folder} holds no data; found {found}, expected {FORMATS} files.")
-    return usable
+    return has[0] or (has[1] and has[2])
 
 
-def _source_parts(file: Path) -> tuple[str, ...]:
-    stem = file.name
+def _saved(folder: Path) -> Iterator[_Found]:
+    """The files of a folder written by save_to_disk, one source named like the folder."""
+    within = folder
+    if (folder / "dataset_dict.json").is_file():
+        splits = _json(folder / "dataset_dict.json").get("splits", [])
+        if "train" not in splits:
+            raise UserError(
+                f"{folder} has no split `train`; found {', '.join(splits) or 'none'}. Name the one "
+                f"to take: -d {folder / (splits or ['SPLIT'])[0]}"
+            )
+        within = folder / "train"
+    state = _json(within / "state.json")
+    if any(value for key, value in state.items() if key.startswith("_indices")):
+        raise UserError(
+            f"{within} is a selection from other rows. Write it out: "
+            "datasets.load_from_disk(FOLDER).flatten_indices().save_to_disk(OTHER), then -d OTHER."
+        )
+    for file in state.get("_data_files", []):
+        path = within / file["filename"]
+        if not path.is_file():
+            raise UserError(f"{path} is missing, which {within / 'state.json'} names.")
+        yield _named(path, *folder.resolve().parts[1:])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Save the dataset again.") from error
+
+
+def _check_tables(sources: Iterable[Source]) -> None:
+    """Wrong columns, and texts beside ready-made rows, are found before anything is read."""
+    problems = []
+    for source in sources:
+        if not any(file_format(path) in ("parquet", "arrow") for path in source.files):
+            continue
+        first: dict[bool, Path] = {}
+        try:
+            for path in source.files:
+                first.setdefault(TextFile(path).is_rows, path)
+        except UserError as error:
+            problems += error.problems
+        if len(first) > 1:
+            problems.append(
+                f"{first[False]} holds text and {first[True]} ready-made rows, both of the source "
+                f"{source.name}: rename one of them, so that each is a source of its own."
+            )
+    if problems:
+        raise UserError(problems)
+
+
+def _named(path: Path, *parts: str) -> _Found:
+    return _Found(path.resolve(), parts, parts)
+
+
+def _file(path: Path) -> _Found:
+    stem = path.name
     while file_format(Path(stem)) is not None:
         stem = stem.rsplit(".", 1)[0]
         for kind in (".jsonl", ".json"):
             stem = stem.removesuffix(kind)
-    return (*file.resolve().parent.parts[1:], _SHARD.sub("", stem))
+    folders = path.resolve().parent.parts[1:]
+    return _Found(path.resolve(), (*folders, _SHARD.sub("", stem)), (*folders, path.name))
 
 
 def _names(keys: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

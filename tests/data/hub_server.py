@@ -77,10 +77,14 @@ class _Handler(BaseHTTPRequestHandler):
             inside = [f for f in files if not folder or f.startswith(folder + "/")]
             if folder and not inside:
                 return self._error(404, "EntryNotFound")
-            return self._json([_entry(f, files[f]) for f in inside])
+            everything = "recursive=true" in urlsplit(self.path).query.lower()
+            return self._json(_tree(files, inside, folder, everything))
         if kind == "paths-info":
             wanted = json.loads(self.body)["paths"]
-            return self._json([_entry(f, files[f]) for f in wanted if f in files])
+            folders = {parent for f in files for parent in _parents(f)}
+            entries = [_entry(f, files[f]) for f in wanted if f in files]
+            entries += [{"type": "directory", "path": f, "oid": ""} for f in wanted if f in folders]
+            return self._json(entries)
         return self._error(404, "EntryNotFound")
 
     def _resolve(self, name: str, rest: str) -> None:
@@ -131,6 +135,25 @@ def _etag(content: bytes) -> str:
 
 def _entry(path: str, content: bytes) -> dict[str, object]:
     return {"type": "file", "path": path, "size": len(content), "oid": _etag(content)}
+
+
+def _tree(
+    files: dict[str, bytes], inside: list[str], folder: str, everything: bool
+) -> list[dict[str, object]]:
+    """The files and folders in a folder, or with all that is below it."""
+    start = f"{folder}/" if folder else ""
+    folders = {parent for f in inside for parent in _parents(f) if parent.startswith(start)}
+    listed: list[dict[str, object]] = [
+        {"type": "directory", "path": parent, "oid": _etag(parent.encode())}
+        for parent in sorted(folders)
+    ]
+    listed += [_entry(f, files[f]) for f in inside]
+    return [e for e in listed if everything or "/" not in str(e["path"])[len(start) :]]
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split("/")[:-1]
+    return ["/".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
 @contextmanager

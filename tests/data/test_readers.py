@@ -2,8 +2,13 @@
 
 import gzip
 import json
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -39,13 +44,20 @@ def problem(path: Path) -> str:
     [
         ("a.jsonl", LINES.encode()),
         ("bom.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
+        ("bom_blank.jsonl", b"\xef\xbb\xbf\r\n" + LINES.replace("\n", "\r\n").encode()),
         ("blank.jsonl", b"\n" + LINES.replace("\n", "\n\n").encode()),
         ("a.jsonl.gz", gzip.compress(LINES.encode())),
         ("a.jsonl.zst", zstandard.compress(LINES.encode())),
         # what `zstd -T` and concatenated files look like: several frames
         ("frames.jsonl.zst", zstandard.compress(b"") + zstandard.compress(LINES.encode())),
+        (
+            "skipped.jsonl.zst",
+            b"\x50\x2a\x4d\x18\x03\0\0\0abc" + zstandard.compress(LINES.encode()),
+        ),
+        ("members.jsonl.gz", gzip.compress(b"") + gzip.compress(LINES.encode())),
         ("array.json", json.dumps([json.loads(line) for line in LINES.splitlines()]).encode()),
         ("lines.json", LINES.encode()),
+        ("bom.json", b"\xef\xbb\xbf" + LINES.encode()),
         (
             "pretty.json",
             json.dumps([json.loads(line) for line in LINES.splitlines()], indent=2).encode(),
@@ -90,6 +102,16 @@ def test_clashing_meta_is_no_obstacle(tmp_path: Path) -> None:
         (b'["text"]', "list instead of an object"),
         (b'{"text": "\xff"}', "not UTF-8"),
         (b'{"text": "\\ud800"}', "half a surrogate pair"),
+        (b'{"text": "\xed\xa0\x80"}', "not UTF-8 at byte 10"),
+        (b'{"text": "a\x01"}', "Invalid control character at at column 12"),
+        (b'{"text": "a"} x', "Extra data at column 15"),
+        (b'{"text": "a", "n": 01}', "at column 21"),
+        (b'{"text": "a", "n": NaN', "Expecting ',' delimiter at column"),
+        (b'{"text": "a", "n": \xff}', "not UTF-8 at byte 19"),
+        (b'\xef\xbb\xbf{"text": "a"}', "invalid JSON"),
+        (b'"text"', "str instead of an object"),
+        (b'{"n": ' + b"[" * 5000 + b"]" * 5000 + b', "text": "a"}', "recursion"),
+        (b'{"n": x' + b"9" * 5000 + b', "text": "a"}', "invalid JSON"),
     ],
 )
 def test_bad_line_is_named_or_counted(tmp_path: Path, line: bytes, reason: str) -> None:
@@ -102,6 +124,65 @@ def test_bad_line_is_named_or_counted(tmp_path: Path, line: bytes, reason: str) 
     reader = TextFile(path, skip_bad_lines=True)
     assert list(reader) == TEXTS + TEXTS
     assert reader.bad == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"text": "kept", "n": NaN, "m": -Infinity}',
+        b'{"text": "kept", "n": 1e999}',
+        b'{"text": "kept", "n": 123456789012345678901234567890}',
+        b'{"text": "kept", "id": "\\ud83d"}',
+        b'{"text": "not this one", "text": "kept"}',
+        b'{"t\\u0065xt": "kept"}',
+        b' \t{"text": "kept"} \r',
+    ],
+)
+def test_what_pythons_parser_takes_is_taken(tmp_path: Path, line: bytes) -> None:
+    assert json.loads(line)["text"] == "kept"
+    assert list(TextFile(written(tmp_path, "a.jsonl", line + b"\n"))) == ["kept"]
+
+
+def test_broken_lines_are_judged_as_pythons_own_parser_does(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    good = (
+        '{"text": "ab \\u00e9 \\ud83d\\ude00 \u4f60", "n": [1, -2.5e3, NaN, {"text": 7}]}'.encode()
+    )
+    lines, expected = [], []
+    for _ in range(20_000):
+        line = bytearray(good)
+        for _ in range(rng.randrange(4)):
+            at = rng.randrange(len(line))
+            line[at : at + rng.randrange(2)] = bytes(
+                [rng.choice(b'"\\{}[]:,01.eE-u \t\x00\x80\xed')]
+            )
+        lines.append(bytes(line))
+        try:
+            record = json.loads(line.decode())
+            record["text"].encode()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+        expected.append(record["text"])
+    assert 4000 < len(expected) < 16_000
+    reader = TextFile(written(tmp_path, "a.jsonl", b"\n".join(lines)), skip_bad_lines=True)
+    assert list(reader) == expected
+    assert reader.bad == len(lines) - len(expected)
+
+
+@pytest.mark.full
+def test_lines_are_read_faster_than_pythons_own_parser_reads_them(tmp_path: Path) -> None:
+    text = 'A line of text, with "quotes" and\n\u4f60\u597d. ' * 20
+    line = json.dumps({"text": text, "meta": {"url": "http://a.b/c", "n": [1, 2]}}) + "\n"
+    path = written(tmp_path, "a.jsonl", line.encode() * 20_000)
+
+    def seconds(texts: object) -> float:
+        started = time.perf_counter()
+        assert sum(1 for _ in texts) == 20_000  # type: ignore[attr-defined]
+        return time.perf_counter() - started
+
+    ours = min(seconds(TextFile(path)) for _ in range(3))
+    plain = min(seconds(json.loads(line)["text"] for line in path.open("rb")) for _ in range(3))
+    assert ours < plain / 1.5
 
 
 def test_missing_column_shows_what_is_there_and_what_is_wanted(tmp_path: Path) -> None:
@@ -136,7 +217,15 @@ def test_null_and_wrong_type_in_parquet(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:-20], "cannot be read"),
         ("a.jsonl.gz", b"not gzip at all", "cannot be read"),
         ("a.jsonl.zst", b"not zstd at all", "cannot be read"),
+        ("a.jsonl.zst", zstandard.compress(LINES.encode())[:-1], "ends within a zstandard frame"),
+        ("a.jsonl.zst", zstandard.compress(LINES.encode())[:20], "ends within a zstandard frame"),
+        ("a.jsonl.zst", zstandard.compress(LINES.encode() * 2) + b"rest", "cannot be read"),
+        ("a.json", b'[{"text": "a"},\n' + b"[" * 5000, "line 2: invalid JSON"),
         ("a.parquet", b"not parquet at all", "no parquet file"),
+        ("a.parquet", b"", "no parquet file"),
+        ("a.arrow", b"not arrow at all", "no arrow file"),
+        ("a.arrow", b"ARROW1 but nothing after it", "no arrow file"),
+        ("a.arrow", b"", "is empty"),
         ("a.txt", b"text", "unsupported kind of file"),
     ],
 )
@@ -145,6 +234,144 @@ def test_unreadable_files_end_in_one_sentence(
 ) -> None:
     message = problem(written(tmp_path, name, content))
     assert name in message and reason in message
+
+
+def test_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    assert "cannot be read" in problem(tmp_path / "a.parquet")
+
+
+def test_text_of_a_table_that_is_not_utf8(tmp_path: Path) -> None:
+    values = pa.array([b"good", b"b\xffd", b"fine"])
+    texts = pa.Array.from_buffers(pa.string(), 3, values.buffers())
+    path = parquet(tmp_path, {"text": texts})
+    assert "row 2: `text` is not UTF-8 at byte 1" in problem(path)
+    reader = TextFile(path, skip_bad_lines=True)
+    assert list(reader) == ["good", "fine"] and reader.bad == 1
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
+def test_every_kind_of_string_column(tmp_path: Path, kind: pa.DataType) -> None:
+    assert list(TextFile(parquet(tmp_path, {"text": pa.array(TEXTS).cast(kind)}))) == TEXTS
+
+
+def test_text_comes_before_input_ids(tmp_path: Path) -> None:
+    reader = TextFile(parquet(tmp_path, {"input_ids": [[1], [2]], "text": ["a", "b"]}))
+    assert not reader.is_rows and list(reader) == ["a", "b"]
+
+
+ROWS = [[1, 2, 3], [], [4], [31999, 0, 7, 7]]
+MASKS = [[1, 1, 0], [], [1], [0, 1, 1, 0]]
+KEPT = [[1, 2], [], [4], [0, 7]]
+PAIRS = list(zip(ROWS, MASKS, strict=True))
+
+
+def tables(folder: Path, table: pa.Table) -> list[Path]:
+    """The same table as parquet and as both formats of arrow, in several batches."""
+    paths = [folder / "rows.parquet", folder / "stream.arrow", folder / "file.arrow"]
+    pq.write_table(table, paths[0], row_group_size=3)
+    with pa.ipc.new_stream(paths[1], table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    with pa.ipc.new_file(paths[2], table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    return paths
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.int64()), pa.list_(pa.uint16()), pa.large_list(pa.int32())]
+)
+def test_ready_made_rows(tmp_path: Path, kind: pa.DataType) -> None:
+    columns = {"input_ids": pa.array(ROWS, kind), "labels": ROWS, "length": [3, 0, 1, 4]}
+    for path in tables(tmp_path, pa.table(columns)):
+        reader = TextFile(path)
+        assert reader.is_rows
+        found = list(reader)
+        assert [row.tolist() for row in found] == ROWS
+        assert all(row.dtype == np.int64 and row.ndim == 1 for row in found)
+        assert reader.position == reader.size == path.stat().st_size
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.int8()), pa.list_(pa.bool_()), pa.list_(pa.int64())])
+def test_what_the_attention_mask_hides_is_left_out(tmp_path: Path, kind: pa.DataType) -> None:
+    masks = pa.array([[bool(m) for m in mask] for mask in MASKS] * 100).cast(kind)
+    table = pa.table({"input_ids": ROWS * 100, "attention_mask": masks})
+    for path in tables(tmp_path, table):
+        assert [row.tolist() for row in TextFile(path)] == KEPT * 100
+
+
+def test_rows_of_fixed_length_and_many(tmp_path: Path) -> None:
+    ids = np.arange(3000 * 16).reshape(3000, 16)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), 16)
+    for path in tables(tmp_path, pa.table({"input_ids": column})):
+        assert np.array_equal(np.stack(list(TextFile(path))), ids)
+
+
+@pytest.mark.parametrize(
+    ("row", "mask", "reason"),
+    [
+        (None, [1], "is null"),
+        ([1, None], [1, 1], "holds a null"),
+        ([1, 2], None, "is null"),
+        ([1, 2], [1], "`input_ids` has 2 numbers, `attention_mask` 1"),
+    ],
+)
+def test_bad_rows_are_named_or_counted(
+    tmp_path: Path, row: list | None, mask: list | None, reason: str
+) -> None:
+    table = pa.table(
+        {"input_ids": [*ROWS, row, *ROWS], "attention_mask": [*MASKS, mask, *MASKS]},
+        pa.schema({"input_ids": pa.list_(pa.int64()), "attention_mask": pa.list_(pa.int64())}),
+    )
+    for path in tables(tmp_path, table):
+        message = problem(path)
+        assert "row 5: " in message and reason in message
+        reader = TextFile(path, skip_bad_lines=True)
+        assert [row.tolist() for row in reader] == KEPT + KEPT
+        assert reader.bad == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "bad"),
+    [
+        (ROWS, 0),
+        ([None] * len(ROWS), 0),
+        # Hidden by the mask as well: padding.
+        ([[i if m else -100 for i, m in zip(*pair, strict=True)] for pair in PAIRS], 0),
+        ([[-100] * len(row) for row in ROWS], 3),  # one row is empty
+    ],
+)
+def test_rows_whose_labels_hide_visible_tokens_are_bad(
+    tmp_path: Path, labels: list, bad: int
+) -> None:
+    """They were made for fine-tuning: here every token would be learnt, prompts included."""
+    table = pa.table({"input_ids": ROWS, "attention_mask": MASKS, "labels": labels})
+    for path in tables(tmp_path, table):
+        reader = TextFile(path, skip_bad_lines=True)
+        assert len(list(reader)) == len(ROWS) - bad
+        assert reader.bad == bad
+        if bad:
+            assert "row 1: `labels` hides tokens from the loss" in problem(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"input_ids": [[1.5]]}, "`input_ids` holds list<.*double>, expected lists of whole"),
+        ({"input_ids": [[[1]]]}, "`input_ids` holds list<.*expected lists of whole numbers"),
+        ({"input_ids": [1]}, "`input_ids` holds int64, expected lists"),
+        ({"input_ids": [[1]], "attention_mask": [1.0]}, "`attention_mask` holds double"),
+    ],
+)
+def test_columns_that_hold_no_rows(tmp_path: Path, columns: dict, reason: str) -> None:
+    path = parquet(tmp_path, columns)
+    with pytest.raises(UserError, match=reason):
+        list(TextFile(path))
+    with pytest.raises(UserError, match=reason):
+        assert TextFile(path).is_rows
+
+
+def test_table_without_rows(tmp_path: Path) -> None:
+    for path in tables(tmp_path, pa.table({"text": pa.array([], pa.string())})):
+        assert "is empty" in problem(path)
 
 
 def test_memory_stays_flat(tmp_path: Path) -> None:
@@ -160,3 +387,39 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2_000_000
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import pyarrow.parquet
+from llama_lib.data.readers import TextFile
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+before = peak()
+print(sum(len(record) for record in TextFile(Path(sys.argv[1]))), peak() - before)
+"""
+
+
+@pytest.mark.full
+def test_memory_does_not_grow_with_a_table(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 32_000, (6000, 8192), dtype=np.int32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), 8192)
+    text = pa.array([rng.bytes(2500).hex() for _ in range(50_000)])
+    for table in (pa.table({"input_ids": column}), pa.table({"text": text})):
+        # 200 and 250 MB; without a size of their own row groups are larger than that.
+        with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+            writer.write_table(table, max_chunksize=500)
+        with pa.ipc.new_file(tmp_path / "b.arrow", table.schema) as writer:
+            writer.write_table(table, max_chunksize=500)
+        pq.write_table(table, tmp_path / "one.parquet", compression="none")
+        pq.write_table(table, tmp_path / "many.parquet", row_group_size=500, compression="none")
+        paths = [tmp_path / name for name in ("a.arrow", "b.arrow", "one.parquet", "many.parquet")]
+        for path in paths:
+            done = subprocess.run(
+                [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True
+            )
+            length, peak = map(int, done.stdout.split())
+            assert length > 45_000_000
+            assert peak < 110_000_000, path

@@ -1,5 +1,7 @@
 """What `-d` takes, how the sources are called, and what is refused."""
 
+import json
+import os
 import sysconfig
 from pathlib import Path
 
@@ -7,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llama_lib.data.readers import TextFile
 from llama_lib.data.sample import sample_records
-from llama_lib.data.sources import records, resolve
+from llama_lib.data.sources import is_on_hub, records, resolve
 from llama_lib.errors import UserError
 from tests.data.conftest import WriteJsonl
 
@@ -78,17 +81,154 @@ def test_all_problems_come_in_one_message(tmp_path: Path) -> None:
     assert "a.jsonl" in message and "b.jsonl" in message
 
 
-def test_save_to_disk_folder_says_how_to_export_it(tmp_path: Path) -> None:
+def test_the_entry_of_a_source(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    for name in ("data/a.jsonl", "data/b.jsonl", "c.jsonl"):
+        write_jsonl(name, ["x"])
+    words = [str(tmp_path / "c.jsonl"), str(tmp_path / "data")]
+    found = resolve(words, tmp_path)
+    assert [(source.name, source.entry) for source in found] == [("c", 0), ("a", 1), ("b", 1)]
+
+
+def test_entries_with_limits_or_weights_share_no_source(tmp_path: Path) -> None:
+    shards = [tmp_path / f"train-0000{shard}-of-00003.parquet" for shard in range(3)]
+    for path in shards:
+        pq.write_table(pa.table({"text": [path.name]}), path)
+    words = [str(shards[0]), f"{tmp_path}/train-0000[12]*"]
+    # What a shell makes of `-d train-*` is one source, whatever the words.
+    assert [source.name for source in resolve(words, tmp_path)] == ["train"]
+    apart = resolve(words, tmp_path, entries_apart=True)
+    assert [(source.name, source.entry) for source in apart] == [
+        ("train-00000-of-00003.parquet", 0),
+        ("train-00001-of-00003.parquet", 1),
+        ("train-00002-of-00003.parquet", 1),
+    ]
+    (whole,) = resolve(str(tmp_path), tmp_path, entries_apart=True)
+    assert whole.name == "train" and len(whole.files) == 3
+
+
+def saved(folder: Path, columns: dict, shards: int = 1) -> Path:
     import datasets
 
-    datasets.Dataset.from_dict({"text": ["x"]}).save_to_disk(tmp_path / "saved")
-    assert "to_parquet" in refusal(tmp_path / "saved")
+    datasets.Dataset.from_dict(columns).save_to_disk(folder, num_shards=shards)
+    return folder
+
+
+def test_save_to_disk_folder_is_one_source(tmp_path: Path) -> None:
+    import datasets
+
+    texts = [f"text {n}" for n in range(30)]
+    folder = saved(tmp_path / "my corpus", {"text": texts, "n": list(range(30))}, shards=3)
+    (folder / "cache-0123.arrow").write_bytes(b"what map() leaves behind")
+    (source,) = resolve(str(folder), tmp_path)
+    assert source.name == "my_corpus" and len(source.files) == 3
+    assert list(records(source)) == list(datasets.load_from_disk(folder)["text"]) == texts
+
+    # The order is that of state.json, not that of the names.
+    state = json.loads((folder / "state.json").read_text())
+    state["_data_files"].reverse()
+    (folder / "state.json").write_text(json.dumps(state))
+    (source,) = resolve(str(folder), tmp_path)
+    assert list(records(source)) == list(datasets.load_from_disk(folder)["text"])
+    assert next(records(source)) == "text 20"
+
+
+def test_save_to_disk_folders_inside_a_folder_and_by_a_glob(
+    tmp_path: Path, write_jsonl: WriteJsonl
+) -> None:
+    saved(tmp_path / "data" / "first", {"text": ["a"]})
+    saved(tmp_path / "data" / "second", {"text": ["b"]})
+    write_jsonl("data/third.jsonl", ["c"])
+    assert names(tmp_path / "data") == ["first", "second", "third"]
+    assert names(tmp_path / "data" / "*") == ["first", "second", "third"]
+    assert names(tmp_path / "data" / "s*") == ["second"]
+    assert names(f"{tmp_path}/data/**/[fs]*") == ["first", "second"]
+
+
+def test_dataset_dict_gives_its_train_split(tmp_path: Path) -> None:
+    import datasets
+
+    splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
+    (source,) = resolve(str(tmp_path / "both"), tmp_path)
+    assert source.name == "both" and list(records(source)) == ["train"]
+    assert names(tmp_path / "both" / "test") == ["test"]
+
+    datasets.DatasetDict({"test": splits["test"]}).save_to_disk(tmp_path / "one")
+    message = refusal(tmp_path / "one")
+    assert "no split `train`; found test" in message and f"-d {tmp_path}/one/test" in message
+
+
+def test_damaged_save_to_disk_folders(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", {"text": ["x"] * 4}, shards=2)
+    (folder / "data-00001-of-00002.arrow").unlink()
+    assert "data-00001-of-00002.arrow is missing" in refusal(folder)
+    (folder / "state.json").write_text("{")
+    assert "state.json cannot be read" in refusal(folder)
+    (folder / "state.json").unlink()
+    assert "needs both state.json and dataset_info.json" in refusal(folder)
+    folder = saved(tmp_path / "b", {"text": ["x"]})
+    state = json.loads((folder / "state.json").read_text())
+    state["_indices_data_files"] = [{"filename": "indices.arrow"}]
+    (folder / "state.json").write_text(json.dumps(state))
+    assert "flatten_indices" in refusal(folder)
+
+
+def test_ready_made_rows_of_save_to_disk(tmp_path: Path) -> None:
+    rows = [[1, 2, 3], [4, 5]]
+    folder = saved(
+        tmp_path / "rows", {"input_ids": rows, "attention_mask": [[1, 1, 1], [0, 1]]}, shards=2
+    )
+    (source,) = resolve(str(folder), tmp_path)
+    read = [row.tolist() for path in source.files for row in TextFile(path)]
+    assert read == [[1, 2, 3], [5]]
+    with pytest.raises(UserError, match="ready-made rows of token ids; text is expected here"):
+        list(records(source))
+
+
+def test_text_and_rows_in_one_source_name_both_files(tmp_path: Path) -> None:
+    tables = {"text": ["a"]}, {"input_ids": [[1]]}
+    for shard, table in enumerate(tables):
+        pq.write_table(pa.table(table), tmp_path / f"train-0000{shard}-of-00002.parquet")
+    message = refusal(tmp_path)
+    assert "train-00000-of-00002.parquet holds text" in message
+    assert "train-00001-of-00002.parquet ready-made rows" in message
+    (tmp_path / "train-00001-of-00002.parquet").rename(tmp_path / "rows.parquet")
+    assert names(tmp_path) == ["rows", "train"]
+
+
+def test_wrong_columns_are_found_before_anything_is_read(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"content": ["x"]}), tmp_path / f"{name}.parquet")
+    message = refusal(tmp_path)
+    assert "a.parquet has no `text` column" in message
+    assert "b.parquet has no `text` column" in message
+
+
+def test_folders_that_hold_no_text(tmp_path: Path) -> None:
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared" / "manifest.json").write_text("{}")
+    assert "is a prepared dataset; text is expected" in refusal(tmp_path / "prepared")
+    (tmp_path / "pair").mkdir()
+    (tmp_path / "pair" / "wiki.idx").touch()
+    assert f"-d {tmp_path}/pair/wiki" in refusal(tmp_path / "pair")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_folder_that_may_not_be_read(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0)
+    assert "locked cannot be read" in refusal(tmp_path / "locked")
+
+
+def test_what_is_asked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert is_on_hub("org/name") and is_on_hub("org/name:en") and is_on_hub("wikitext")
+    for local in ("here", "sample", "data/*", "a.jsonl", "org/name.parquet", "no/such/folder"):
+        assert not is_on_hub(local)
 
 
 def test_arrow_cache_files_of_the_datasets_library_are_read(tmp_path: Path) -> None:
     import datasets
-
-    from llama_lib.data.readers import TextFile
 
     texts = [f"text {n}" for n in range(2500)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
