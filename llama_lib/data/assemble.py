@@ -1,215 +1,179 @@
-"""Write the folder of a prepared dataset beside its final name, then rename it.
+"""Second stage: parts of tokens to one token file per source and side, in the order of the text.
 
-Invariant: the manifest is written last and the folder is renamed after everything is on the disk,
-so what carries the final name is whole.
+Invariant: whether a document is held out depends on its text alone, so equal texts always land on
+the same side; the bytes written depend on neither the number of workers nor the size of parts.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import socket
-import sys
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llama_lib.data.build import HASHES, Built, build
-from llama_lib.data.once import Turn
-from llama_lib.data.prepared import (
-    EVAL_FOLDER,
-    FORMAT,
-    MANIFEST,
-    TOKENIZER_FOLDER,
-    VERSION,
-    is_prepared,
-)
-from llama_lib.data.readers import TextFile
-from llama_lib.data.sources import Source
-from llama_lib.data.tokenise import Encoder
-from llama_lib.data.tokenizer import tokenizer_hash, vocabulary_size
-from llama_lib.errors import UserError
+import numpy as np
+import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from llama_lib.data.prepare import PrepareRequest
+from llama_lib.data.budget import Budget, RowCutter
+from llama_lib.data.fates import Fates
+from llama_lib.data.indexed import IndexedWriter
+from llama_lib.data.tokenised import Stored, Tokenised, tokens_path
 
-# Text bytes per byte of file, for the estimate of the space needed. Chosen, on the safe side.
-_EXPANSION = {".gz": 5.0, ".zst": 6.0, ".parquet": 4.0}
-_PROBE_CHARACTERS = 64 << 10
+# Tokens in memory at a time. Measured 2026-11: more is not faster.
+_CHUNK_TOKENS = 1 << 20
 
 Facts = dict[str, dict[str, Any]]
 
 
 def assemble(
-    request: PrepareRequest,
-    options: dict[str, Any],
-    sources: list[Source],
-    eval_sources: list[Source],
-    tokenizer: Any,
-    key: str,
+    sources: Sequence[Tokenised],
+    fates: Fates,
+    work: Path,
     folder: Path,
-    turn: Turn,
-) -> None:
-    """Write everything beside `folder`, the manifest last, and rename."""
-    workers = request.workers or len(os.sched_getaffinity(0))
-    probes = [text for source in sources for text in _head(source, request.skip_bad_lines)]
-    encoder = Encoder(tokenizer, workers, request.add_bos, probes)
-    if encoder.note:
-        print(f"tokenising with tokenizers, 10 to 50 times slower: {encoder.note}", file=sys.stderr)
-    _check_space([*sources, *eval_sources], encoder, folder.parent)
-    facts = {
-        "format": FORMAT,
-        "version": VERSION,
-        "tokenizer": {
-            "hash": tokenizer_hash(tokenizer),
-            "vocab_size": vocabulary_size(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
-        "options": options,
-        "seed": request.seed,
-        "key": key,
-    }
-
-    # Of this host alone: another one may be at work on the same shared disk.
-    temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        training, held_out = _tokenise(request, sources, eval_sources, encoder, temporary, turn)
-        if held_out:
-            tokenizer.save_pretrained(temporary / EVAL_FOLDER / TOKENIZER_FOLDER)
-            _write_manifest(temporary / EVAL_FOLDER, facts, held_out)
-        tokenizer.save_pretrained(temporary / TOKENIZER_FOLDER)
-        _write_manifest(temporary, facts, training)
-        _rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _report(folder, training, held_out, encoder.engine)
-
-
-def _tokenise(
-    request: PrepareRequest,
-    sources: list[Source],
-    eval_sources: list[Source],
-    encoder: Encoder,
-    folder: Path,
-    turn: Turn,
+    eval_folder: Path | None,
+    dtype: np.dtype,
+    budget: Budget | None = None,
+    on_part: Callable[[Stored], None] = lambda part: None,
 ) -> tuple[Facts, Facts]:
-    """Write the token files of both sides; returns their facts per source."""
-    eval_folder = folder / EVAL_FOLDER
-    eval_folder.mkdir(parents=True)
-    build_with = partial(
-        build,
-        encoder=encoder,
-        skip_bad_lines=request.skip_bad_lines,
-        on_percent=lambda percent: turn.report(percent=percent),
-    )
-    if eval_sources:
-        held_out = build_with(eval_sources, eval_folder, keep_hashes=True)
-        built = build_with(sources, folder, excluded=held_out.hashes)
-        if not built.kept:
-            raise UserError(
-                f"no document is left to train on: {built.excluded} of -d are in --eval_data too."
-            )
-        return built.kept, held_out.kept
-    if request.eval_ratio == 0:
-        built = build_with(sources, folder)
-    else:
-        cut = max(1, int(request.eval_ratio * HASHES))
-        built = build_with(sources, folder, eval_folder=eval_folder, cut=cut)
-        mended = _mended_cut(built)
-        if mended is not None:
-            built = build_with(sources, folder, eval_folder=eval_folder, cut=mended)
-    if not built.held_out:
-        shutil.rmtree(eval_folder)
-    if not built.kept:
-        raise UserError("no document is left to train on: every text is empty.")
-    return built.kept, built.held_out
+    """Write `<source>.bin/.idx` into `folder`, held-out documents into `eval_folder`.
 
-
-def _mended_cut(built: Built) -> int | None:
-    """Another cut if all documents fell on one side: one distinct text at least goes to each.
-
-    Happens with few documents only, so a second pass costs little.
+    Returns the facts per source of both. A source without a document on one side has no files
+    there. With a budget the training side holds rows, what it does not want is not written.
     """
-    if built.num_documents == 0 or (built.kept and built.held_out):
-        return None
-    if built.lowest == built.highest:
-        return 0 if built.held_out else None
-    return built.highest if built.held_out else built.lowest + 1
+    kept: Facts = {}
+    held_out: Facts = {}
+    for source in sources:
+        name = source.source.name
+        common = {"entry": source.source.entry, "rows": source.is_rows}
+        cutter = budget.cutter(name) if budget else None
+        sides: list[_Nothing] = []
+        if budget is None:
+            sides.append(_Side(folder / name, dtype, kept, common))
+        elif cutter is None:
+            sides.append(_Nothing())
+        else:
+            sides.append(_Rows(folder / name, dtype, kept, {**common, "rows": True}, cutter))
+        if eval_folder is None:
+            sides.append(_Nothing())
+        else:
+            sides.append(_Side(eval_folder / name, dtype, held_out, common))
+        for path, parts in source.files:
+            for part in parts:
+                for about, ids, *chosen in _chunks(fates, work, part, dtype):
+                    for side, documents in zip(sides, chosen, strict=True):
+                        side.write(ids, about, documents)
+                on_part(part)
+            counts = {
+                "name": path.name,
+                "bad_lines": sum(part.bad_lines for part in parts),
+                "empty_texts": sum(part.empty_texts for part in parts),
+            }
+            for side in sides:
+                side.end_file(counts)
+        for side in sides:
+            side.close()
+        if name in kept:
+            kept[name]["left_out"] = {
+                "bad_lines": source.total("bad_lines"),
+                "empty_texts": source.total("empty_texts"),
+                **fates.left_out(source),
+            }
+    return kept, held_out
 
 
-def _head(source: Source, skip_bad_lines: bool) -> list[str]:
-    """The first texts of a source, to prove the fast tokenizer on."""
-    texts, characters = [], 0
-    for text in TextFile(source.files[0], skip_bad_lines=skip_bad_lines):
-        if text:
-            texts.append(text[:_PROBE_CHARACTERS])
-        characters += len(text)
-        if characters >= _PROBE_CHARACTERS:
-            break
-    return texts
+class _Nothing:
+    """A side that nothing is written to."""
+
+    def write(
+        self, ids: npt.NDArray[Any], about: npt.NDArray[Any], chosen: npt.NDArray[np.bool_]
+    ) -> None:
+        pass
+
+    def end_file(self, counts: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
-def _check_space(sources: list[Source], encoder: Encoder, folder: Path) -> None:
-    text_bytes = sum(
-        path.stat().st_size * _EXPANSION.get(path.suffix.lower(), 1.0)
-        for source in sources
-        for path in source.files
-    )
-    needed = text_bytes / encoder.bytes_per_token * encoder.dtype.itemsize
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder} has {free / 2**30:.1f} GiB free; the tokens of {text_bytes / 2**30:.1f} GiB "
-            f"of text need about {needed / 2**30:.1f} GiB. Free space, or choose another disk with "
-            "--cache_dir or --output."
-        )
+class _Side(_Nothing):
+    """The training or the held-out part of one source."""
+
+    def __init__(self, prefix: Path, dtype: np.dtype, facts: Facts, common: dict[str, Any]) -> None:
+        self._prefix = prefix
+        self._facts = facts
+        self._common = common
+        self._writer = IndexedWriter(prefix, dtype)
+        self._bytes = 0
+        self._files: list[dict[str, Any]] = []
+        self._before_file = 0
+
+    def write(
+        self, ids: npt.NDArray[Any], about: npt.NDArray[Any], chosen: npt.NDArray[np.bool_]
+    ) -> None:
+        lengths = about["length"].astype(np.int64)
+        if chosen.all():
+            self._write(ids, lengths)
+        elif chosen.any():
+            self._write(ids[np.repeat(chosen, lengths)], lengths[chosen])
+        self._bytes += int(about["bytes"][chosen].sum(dtype=np.int64))
+
+    def _write(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
+        self._writer.write(ids, lengths)
+
+    def end_file(self, counts: dict[str, Any]) -> None:
+        documents = self._writer.documents - self._before_file
+        self._before_file = self._writer.documents
+        self._files.append({**counts, "documents": documents})
+
+    def close(self) -> None:
+        self._writer.close()
+        if not self._writer.documents:
+            for suffix in (".bin", ".idx"):
+                Path(f"{self._prefix}{suffix}").unlink()
+            return
+        self._facts[self._prefix.name] = {
+            "documents": self._writer.documents,
+            "tokens": self._writer.tokens,
+            "bytes": self._bytes,
+            "sha256": self._writer.sha256(),
+            "files": self._files,
+            **self._common,
+        }
 
 
-def _write_manifest(folder: Path, facts: dict[str, Any], sources: Facts) -> None:
-    totals = {
-        name: sum(source[name] for source in sources.values())
-        for name in ("documents", "tokens", "bytes")
-    }
-    with (folder / MANIFEST).open("w") as file:
-        json.dump({**facts, **totals, "sources": sources}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(folder)
+class _Rows(_Side):
+    """Rows of a budget; each is a document, of the file that its last id comes from."""
+
+    def __init__(
+        self,
+        prefix: Path,
+        dtype: np.dtype,
+        facts: Facts,
+        common: dict[str, Any],
+        cutter: RowCutter,
+    ) -> None:
+        super().__init__(prefix, dtype, facts, common)
+        self._cutter = cutter
+
+    def _write(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
+        self._writer.write(*self._cutter.cut_flat(ids))
 
 
-def _rename(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError as error:
-        # On a shared disk without locks another node may have been first; its folder is as good.
-        if not is_prepared(folder):
-            raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _report(folder: Path, training: Facts, held_out: Facts, engine: str) -> None:
-    def total(facts: Facts, name: str) -> int:
-        return sum(source[name] for source in facts.values())
-
-    print(
-        f"prepared {folder} with {engine}: {len(training)} sources, "
-        f"{total(training, 'documents'):,} documents, {total(training, 'tokens'):,} tokens; "
-        f"{total(held_out, 'documents'):,} documents, {total(held_out, 'tokens'):,} tokens "
-        "held out for evaluation",
-        file=sys.stderr,
-    )
-    for facts in training.values():
-        for file in facts["files"]:
-            if file["bad_lines"]:
-                print(f"{file['name']}: {file['bad_lines']} bad lines left out", file=sys.stderr)
+def _chunks(
+    fates: Fates, work: Path, part: Stored, dtype: np.dtype
+) -> Iterator[
+    tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
+]:
+    """(about documents, their ids, which are trained on, which are held out) of a part."""
+    with tokens_path(work, part.number).open("rb") as file:
+        for about, trained, held_out in fates.sides(part):
+            ends = np.cumsum(about["length"], dtype=np.int64)
+            first = 0
+            while first < len(about):
+                start = int(ends[first - 1]) if first else 0
+                last = int(np.searchsorted(ends, start + _CHUNK_TOKENS, side="right"))
+                last = max(last, first + 1)
+                ids = np.fromfile(file, dtype, int(ends[last - 1]) - start)
+                chunk = slice(first, last)
+                yield about[chunk], ids, trained[chunk], held_out[chunk]
+                first = last

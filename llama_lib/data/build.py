@@ -1,227 +1,321 @@
-"""Tokenise sources into a folder in one streaming pass, setting held-out documents aside.
+"""Make the folder of a prepared dataset: tokenise into a work folder, assemble there, rename.
 
-Invariant: whether a document is held out depends on its text alone, so equal texts always land on
-the same side; output bytes do not depend on the number of workers.
+Invariant: the manifest is written last and the folder is renamed after everything is on the disk,
+so what carries the final name is whole; a killed attempt is continued by the next.
 """
 
-import hashlib
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from llama_lib.data.indexed import IndexedWriter
+from llama_lib.data.assemble import Facts, assemble
+from llama_lib.data.budget import Budget
+from llama_lib.data.fates import HASHES, Fates, Rules
+from llama_lib.data.indexed import token_dtype
+from llama_lib.data.mixture import entry_of, load_mixture
+from llama_lib.data.once import Turn
+from llama_lib.data.prepared import (
+    EVAL_FOLDER,
+    FORMAT,
+    MANIFEST,
+    TOKENIZER_FOLDER,
+    VERSION,
+    is_prepared,
+)
+from llama_lib.data.progress import Progress
 from llama_lib.data.readers import TextFile
 from llama_lib.data.sources import Source
-from llama_lib.data.tokenise import Encoder, in_order
+from llama_lib.data.tokenise import Proof, prove
+from llama_lib.data.tokenised import DOCUMENT, Tokenised, documents_path, tokenise
+from llama_lib.data.tokenizer import vocabulary_size
+from llama_lib.errors import RunError, UserError
 
-HASHES = 1 << 64  # text hashes are drawn from 0..HASHES-1
+if TYPE_CHECKING:
+    from llama_lib.data.prepare import PrepareRequest
 
-# Enough text to keep every thread of an encoder busy, little enough to keep memory flat. Chosen.
-_BATCH_CHARACTERS = 4 << 20
-_LINE_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Some documents of one file; the last batch of a file carries its counts."""
-
-    source: int
-    texts: list[str]
-    position: int
-    finished: dict[str, Any] | None
+# Text bytes per byte of file, for the estimate of the space needed. Chosen, on the safe side.
+_EXPANSION = {".gz": 5.0, ".zst": 6.0, ".parquet": 4.0}
+_PROBE_CHARACTERS = 64 << 10
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    batch: _Batch
-    ids: npt.NDArray[np.uint32]
-    lengths: npt.NDArray[np.int64]
-    hashes: npt.NDArray[np.uint64]
-    num_bytes: npt.NDArray[np.int64]
+class Plan:
+    """What to make: sources, options as they go into the manifest, and the key of it all.
 
-
-@dataclass
-class Built:
-    """What one pass wrote: facts per source for the manifests, and the range of text hashes."""
-
-    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
-    held_out: dict[str, dict[str, Any]] = field(default_factory=dict)
-    lowest: int = HASHES
-    highest: int = -1
-    hashes: set[int] = field(default_factory=set)
-    num_documents: int = 0
-    excluded: int = 0
-
-    def note(
-        self, hashes: npt.NDArray[np.uint64], excluded: set[int] | None
-    ) -> npt.NDArray[np.bool_]:
-        """Count the documents of a batch; which of them are to be left out."""
-        values = hashes.tolist()
-        self.num_documents += len(values)
-        if values:
-            self.lowest = min(self.lowest, *values)
-            self.highest = max(self.highest, *values)
-        if not excluded:
-            return np.zeros(len(values), bool)
-        left_out = np.array([value in excluded for value in values], bool)
-        self.excluded += int(left_out.sum())
-        return left_out
-
-
-def text_hash(text: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
-
-
-def build(
-    sources: Sequence[Source],
-    folder: Path,
-    *,
-    encoder: Encoder,
-    skip_bad_lines: bool = False,
-    eval_folder: Path | None = None,
-    cut: int = 0,
-    excluded: set[int] | None = None,
-    keep_hashes: bool = False,
-    on_percent: Callable[[int], None] = lambda percent: None,
-) -> Built:
-    """Write `<source>.bin/.idx` into `folder`; a text hash below `cut` goes to `eval_folder`.
-
-    Documents whose hash is in `excluded` are left out and counted; `keep_hashes` collects all
-    hashes. A source without a document on one side has no files there.
+    `limits` are documents per entry of -d.
     """
-    built = Built()
-    progress = _Progress(sum(path.stat().st_size for s in sources for path in s.files), on_percent)
 
-    def encode(batch: _Batch) -> _Encoded:
-        contents = [text.encode("utf-8") for text in batch.texts]
-        ids, lengths = encoder.encode(batch.texts)
-        hashes = np.array([text_hash(content) for content in contents], np.uint64)
-        sizes = np.array([len(content) for content in contents], np.int64)
-        return _Encoded(batch, ids, lengths, hashes, sizes)
+    request: PrepareRequest
+    options: dict[str, Any]
+    sources: Sequence[Source]
+    eval_sources: Sequence[Source]
+    limits: dict[int, int]
+    tokenizer_hash: str
+    key: str
 
-    sides: list[_Side] = []
-    current = -1
-    for part in in_order(encode, _batches(sources, skip_bad_lines), encoder.threads):
-        if part.batch.source != current:
-            current = part.batch.source
-            name = sources[current].name
-            sides = [_Side(folder / name, encoder.dtype, built.kept)]
-            if eval_folder is not None:
-                sides.append(_Side(eval_folder / name, encoder.dtype, built.held_out))
-        if keep_hashes:
-            built.hashes.update(part.hashes.tolist())
-        left_out = built.note(part.hashes, excluded)
-        aside = part.hashes <= np.uint64(cut - 1) if cut else np.zeros(len(left_out), bool)
-        sides[0].write(part, ~aside & ~left_out)
-        for side in sides[1:]:
-            side.write(part, aside)
-        if part.batch.finished is not None:
-            for side in sides:
-                side.end_file(part.batch.finished)
-        progress.show(part.batch.position)
+
+def build(plan: Plan, tokenizer: Any, folder: Path, turn: Turn) -> None:
+    """Make `folder`; the work folder beside it stays if this process is killed on the way."""
+    request = plan.request
+    every = [*plan.sources, *plan.eval_sources]
+    probes = [text for source in every for text in _head(source, request.skip_bad_lines)]
+    proof = prove(tokenizer, request.add_bos, probes)
+    if proof.note:
+        print(f"tokenising with tokenizers, 10 to 50 times slower: {proof.note}", file=sys.stderr)
+    budget = _budget(plan, {source.name: _text_bytes(source) for source in plan.sources})
+    if budget:
+        for line in budget.expected(proof.bytes_per_token):
+            print(line, file=sys.stderr)
+        # What the mixture does not ask for need not be read.
+        percents = load_mixture(request.mixture or "")
+        wanted = [s for s in plan.sources if percents.get(entry_of(s.name, percents) or "")]
+        plan = replace(plan, sources=wanted)
+    # Of this host alone: another one may be at work on the same shared disk.
+    host = socket.gethostname()
+    work = folder.with_name(f"{folder.name}.work-{plan.key[:8]}-{host}")
+    for other in folder.parent.glob(f"{folder.name}.work-*-{host}"):
+        if other != work:
+            shutil.rmtree(other, ignore_errors=True)
+    _check_space(every, proof, work)
+    try:
+        training, held_out = _make(plan, tokenizer, proof, work, turn)
+    except UserError:
+        # The text has to change, and then none of this is of use.
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(
+            f"the disk of {work} is full. Free space and start again: what is tokenised is kept."
+        ) from error
+    _rename(work / "result", folder)
+    shutil.rmtree(work, ignore_errors=True)
+    _report(folder, training, held_out, proof.recipe.engine)
+
+
+def _make(
+    plan: Plan, tokenizer: Any, proof: Proof, work: Path, turn: Turn
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write everything into `work/result`, the manifests last; returns them."""
+    request = plan.request
+    every = tokenise(
+        [*plan.sources, *plan.eval_sources],
+        work,
+        proof.recipe,
+        workers=request.workers or len(os.sched_getaffinity(0)),
+        skip_bad_lines=request.skip_bad_lines,
+        on_percent=lambda percent: turn.report(percent=percent),
+    )
+    sources, eval_sources = every[: len(plan.sources)], every[len(plan.sources) :]
+    result = work / "result"
+    shutil.rmtree(result, ignore_errors=True)
+    (result / EVAL_FOLDER).mkdir(parents=True)
+    dtype = token_dtype(proof.recipe.vocab_size)
+    progress = Progress("assembling", sum(s.total("tokens") for s in every) * dtype.itemsize)
+
+    def written(part: Any) -> None:
+        progress.show(part.number, part.tokens * dtype.itemsize)
+
+    eval_facts: Facts = {}
+    rules = Rules(
+        min_length=request.min_length,
+        max_length=request.max_length,
+        dedup=request.dedup,
+        limits=plan.limits,
+        seed=request.seed,
+    )
+    if eval_sources:
+        fates = Fates(eval_sources, work, Rules())
+        eval_facts, _ = assemble(
+            eval_sources, fates, work, result / EVAL_FOLDER, None, dtype, on_part=written
+        )
+        rules = replace(rules, excluded=_hashes(eval_sources, work))
+    elif request.eval_ratio:
+        rules = replace(rules, cut=max(1, int(request.eval_ratio * HASHES)))
+    fates = Fates(sources, work, rules)
+    if not fates.num_kept:
+        raise UserError(_nothing_left(fates, sources))
+    budget = _budget(plan, {s.source.name: fates.trained_tokens(s) for s in sources})
+    training, held_out = assemble(
+        sources,
+        fates,
+        work,
+        result,
+        None if eval_sources else result / EVAL_FOLDER,
+        dtype,
+        budget,
+        on_part=written,
+    )
     progress.close()
-    return built
+    if not training:
+        raise UserError(["no row could be made.", *(budget.shortfall() if budget else ())])
+    facts = _facts(plan, tokenizer)
+    held_out = eval_facts or held_out
+    if held_out:
+        tokenizer.save_pretrained(result / EVAL_FOLDER / TOKENIZER_FOLDER)
+        eval_manifest = _write_manifest(result / EVAL_FOLDER, facts, held_out)
+    else:
+        eval_manifest = {}
+        shutil.rmtree(result / EVAL_FOLDER)
+    if budget:
+        facts["budget"] = budget.facts()
+        for line in budget.shortfall():
+            print(line, file=sys.stderr)
+    facts["left_out"] = _left_out(fates, sources)
+    tokenizer.save_pretrained(result / TOKENIZER_FOLDER)
+    return _write_manifest(result, facts, training), eval_manifest
 
 
-class _Side:
-    """The training or the held-out part of one source."""
+def _budget(plan: Plan, sizes: Mapping[str, float]) -> Budget | None:
+    request = plan.request
+    if not request.num_token:
+        return None
+    return Budget(request.num_token, request.mixture, sizes, request.seed)
 
-    def __init__(self, prefix: Path, dtype: np.dtype, facts: dict[str, dict[str, Any]]) -> None:
-        self._prefix = prefix
-        self._facts = facts
-        self._writer = IndexedWriter(prefix, dtype)
-        self._bytes = 0
-        self._files: list[dict[str, Any]] = []
-        self._before_file = 0
 
-    def write(self, part: _Encoded, chosen: npt.NDArray[np.bool_]) -> None:
-        if chosen.all():
-            self._writer.write(part.ids, part.lengths)
-        elif chosen.any():
-            self._writer.write(part.ids[np.repeat(chosen, part.lengths)], part.lengths[chosen])
-        self._bytes += int(part.num_bytes[chosen].sum())
+def _hashes(sources: Sequence[Tokenised], work: Path) -> np.ndarray:
+    """Hashes of all texts of these sources, sorted."""
+    found = [
+        np.fromfile(documents_path(work, part.number), DOCUMENT)["hash"]
+        for source in sources
+        for part in source.parts
+    ]
+    return np.unique(np.concatenate(found))
 
-    def end_file(self, counts: dict[str, Any]) -> None:
-        documents = self._writer.documents - self._before_file
-        self._before_file = self._writer.documents
-        facts = {key: counts[key] for key in ("name", "bad_lines", "empty_texts")}
-        self._files.append({**facts, "documents": documents})
-        if counts["last"]:
-            self._close()
 
-    def _close(self) -> None:
-        self._writer.close()
-        if not self._writer.documents:
-            for suffix in (".bin", ".idx"):
-                Path(f"{self._prefix}{suffix}").unlink()
+def _left_out(fates: Fates, sources: Sequence[Tokenised]) -> dict[str, int]:
+    totals = {name: sum(s.total(name) for s in sources) for name in ("bad_lines", "empty_texts")}
+    for source in sources:
+        for reason, count in fates.left_out(source).items():
+            totals[reason] = totals.get(reason, 0) + count
+    return totals
+
+
+def _nothing_left(fates: Fates, sources: Sequence[Tokenised]) -> str:
+    counts = _left_out(fates, sources)
+    reasons = {
+        "empty_texts": "are empty",
+        "too_short": "are shorter than --min_length",
+        "too_long": "are longer than --max_length",
+        "in_eval_data": "of -d are in --eval_data too",
+    }
+    if {name for name, count in counts.items() if count} <= {"bad_lines", "empty_texts"}:
+        return "no document is left to train on: every text is empty."
+    found = [f"{counts[name]} {text}" for name, text in reasons.items() if counts[name]]
+    return f"no document is left to train on: {', '.join(found)}."
+
+
+def _head(source: Source, skip_bad_lines: bool) -> Iterator[str]:
+    """The first texts of a source, to prove the fast tokenizer on."""
+    characters = 0
+    reader = TextFile(source.files[0], skip_bad_lines)
+    for text in reader:
+        if reader.is_rows or characters >= _PROBE_CHARACTERS:
             return
-        self._facts[self._prefix.name] = {
-            "documents": self._writer.documents,
-            "tokens": self._writer.tokens,
-            "bytes": self._bytes,
-            "sha256": self._writer.sha256(),
-            "files": self._files,
-        }
+        if text:
+            yield text[:_PROBE_CHARACTERS]
+        characters += len(text)
 
 
-def _batches(sources: Sequence[Source], skip_bad_lines: bool) -> Iterator[_Batch]:
-    done = 0
-    for number, source in enumerate(sources):
-        for path in source.files:
-            reader = TextFile(path, skip_bad_lines)
-            texts: list[str] = []
-            characters = empty = 0
-            for text in reader:
-                if not text:
-                    empty += 1
-                    continue
-                texts.append(text)
-                characters += len(text)
-                if characters >= _BATCH_CHARACTERS:
-                    yield _Batch(number, texts, done + reader.position, None)
-                    texts, characters = [], 0
-            done += reader.size
-            counts = {
-                "name": path.name,
-                "bad_lines": reader.bad,
-                "empty_texts": empty,
-                "last": path is source.files[-1],
-            }
-            yield _Batch(number, texts, done, counts)
+def _text_bytes(source: Source) -> float:
+    """UTF-8 bytes of the text of a source, by the sizes of its files."""
+    return sum(
+        path.stat().st_size * _EXPANSION.get(path.suffix.lower(), 1.0) for path in source.files
+    )
 
 
-class _Progress:
-    """Bytes of the input read: a bar on a terminal, else a line now and then."""
-
-    def __init__(self, total: int, on_percent: Callable[[int], None]) -> None:
-        from tqdm import tqdm
-
-        self._total = max(total, 1)
-        self._on_percent = on_percent
-        self._percent = -1
-        self._started = self._shown = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total, unit="B", unit_scale=True, desc="tokenising", disable=not self._terminal
+def _check_space(sources: Sequence[Source], proof: Proof, work: Path) -> None:
+    """Tokens are there twice for a while: in parts, and assembled."""
+    text_bytes = sum(map(_text_bytes, sources))
+    itemsize = token_dtype(proof.recipe.vocab_size).itemsize
+    needed = 2 * text_bytes / proof.bytes_per_token * itemsize
+    there = sum(path.stat().st_size for path in work.glob("part-*")) if work.is_dir() else 0
+    free = shutil.disk_usage(work.parent).free
+    if needed - there > free:
+        raise UserError(
+            f"{work.parent} has {free / 2**30:.1f} GiB free; the tokens of "
+            f"{text_bytes / 2**30:.1f} GiB of text need about {(needed - there) / 2**30:.1f} GiB "
+            "while they are prepared, and half of it afterwards. Free space, or choose another "
+            "disk with --cache_dir or --output."
         )
 
-    def show(self, position: int) -> None:
-        self._bar.update(position - self._bar.n)
-        percent = 100 * position // self._total
-        if percent != self._percent:
-            self._percent = percent
-            self._on_percent(percent)
-        now = time.monotonic()
-        if not self._terminal and now - self._shown > _LINE_SECONDS:
-            self._shown = now
-            rate = position / 1e6 / (now - self._started)
-            print(f"tokenising, {percent}%, {rate:.1f} MB/s", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        self._bar.close()
+def _facts(plan: Plan, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "tokenizer": {
+            "hash": plan.tokenizer_hash,
+            "vocab_size": vocabulary_size(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        "options": plan.options,
+        "seed": plan.request.seed,
+        "key": plan.key,
+    }
+
+
+def _write_manifest(folder: Path, facts: dict[str, Any], sources: Facts) -> dict[str, Any]:
+    totals = {
+        name: sum(source[name] for source in sources.values())
+        for name in ("documents", "tokens", "bytes")
+    }
+    manifest = {**facts, **totals, "sources": sources}
+    with (folder / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(folder)
+    return manifest
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError as error:
+        # On a shared disk without locks another node may have been first; its folder is as good.
+        if not is_prepared(folder):
+            raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _report(folder: Path, training: dict[str, Any], held_out: dict[str, Any], engine: str) -> None:
+    print(
+        f"prepared {folder} with {engine}: {len(training['sources'])} sources, "
+        f"{training['documents']:,} documents, {training['tokens']:,} tokens; "
+        f"{held_out.get('documents', 0):,} documents, {held_out.get('tokens', 0):,} tokens "
+        "held out for evaluation",
+        file=sys.stderr,
+    )
+    left_out = [
+        f"{count:,} {name.replace('_', ' ')}"
+        for name, count in training["left_out"].items()
+        if count
+    ]
+    if left_out:
+        print(f"left out: {', '.join(left_out)}", file=sys.stderr)
+    for facts in training["sources"].values():
+        for file in facts["files"]:
+            if file["bad_lines"]:
+                print(f"{file['name']}: {file['bad_lines']} bad lines left out", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Token files in the Megatron indexed-dataset format: `<name>.bin` (ids) and `<name>.idx` (index).
 
-Invariant: opening is memory-mapped and costs the same for any size; writing needs flat memory. One
-sequence per document; the document index is 0..documents inclusive, which megatron-core asserts.
+Invariant: opening is memory-mapped and costs the same for any size; writing needs flat memory. We
+write one sequence per document, so the document index is 0..documents inclusive, which
+megatron-core asserts; files of others may have several, and each of them is a document to us.
 """
 
 import hashlib
@@ -21,7 +22,18 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 # magic, version, dtype code, number of sequences, number of document borders
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPE_CODES: dict[np.dtype, int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+# All integers of megatron-core's own table; we write uint16 and int32.
+_DTYPE_CODES: dict[np.dtype, int] = {
+    np.dtype(kind): code
+    for kind, code in (
+        (np.uint8, 1),
+        (np.int8, 2),
+        (np.int16, 3),
+        (np.int32, 4),
+        (np.int64, 5),
+        (np.uint16, 8),
+    )
+}
 _CHUNK = 1 << 20
 
 
@@ -116,6 +128,7 @@ class IndexedReader:
         for path in (bin_path, index_path):
             if not path.is_file():
                 raise RunError(f"{path} is missing: prepare the data again.")
+        self.prefix = prefix
         with index_path.open("rb") as file:
             header = file.read(_HEADER.size)
         if len(header) < _HEADER.size or header[: len(_MAGIC)] != _MAGIC:
@@ -126,7 +139,8 @@ class IndexedReader:
         if version != _VERSION or code not in dtypes or index_path.stat().st_size != size:
             raise RunError(f"{index_path} is damaged: prepare the data again.")
         self.dtype = dtypes[code]
-        self.ids = _mapped(bin_path, self.dtype, 0, bin_path.stat().st_size // self.dtype.itemsize)
+        count = bin_path.stat().st_size // self.dtype.itemsize
+        self.ids: npt.NDArray[np.integer] = _mapped(bin_path, self.dtype, 0, count)
         self.lengths = _mapped(index_path, np.dtype("<i4"), _HEADER.size, documents)
         self._byte_offsets = _mapped(
             index_path, np.dtype("<i8"), _HEADER.size + 4 * documents, documents
@@ -140,6 +154,19 @@ class IndexedReader:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    def chunks(self, size: int) -> Iterator[npt.NDArray[np.integer]]:
+        """All ids in order, `size` at a time."""
+        for first in range(0, len(self.ids), size):
+            yield self.ids[first : first + size]
+
+    def number_in_file(self, document: int) -> int:
+        """All documents of the file are here, so their numbers are its own."""
+        return document
 
     def offset(self, document: int) -> int:
         """Position of the document's first token in `ids`."""

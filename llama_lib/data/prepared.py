@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,10 @@ from llama_lib.data.indexed import IndexedReader
 from llama_lib.errors import RunError, UserError
 
 FORMAT = "llama_lib prepared dataset"
-VERSION = 1
+VERSION = 2
+# 1 had neither entries nor rows, and nothing else is different: such folders open, but what the
+# cache holds of them is made again.
+_READABLE = (1, VERSION)
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 EVAL_FOLDER = "eval"
@@ -35,17 +38,42 @@ def is_prepared(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
+class Reader(Protocol):
+    """The documents of one source: a token file, or some of the documents of one."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.integer]: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def tokens(
+        self, document: int, start: int = 0, count: int | None = None
+    ) -> npt.NDArray[np.integer]: ...
+
+    def chunks(self, size: int) -> Iterator[npt.NDArray[np.integer]]: ...
+
+    def number_in_file(self, document: int) -> int: ...
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedDataset:
     """Documents of all sources, numbered through in the order of the manifest.
 
     `held_out` is the dataset of the documents that are never trained on, if there is one.
+    `weights`: relative shares of the training tokens, each of the sources it is for together;
+    None trains on everything alike. `tokenizer_folder` is where the tokenizer is kept, if not in
+    the folder itself.
     """
 
     path: Path
     manifest: dict[str, Any]
-    readers: dict[str, IndexedReader]
+    readers: dict[str, Reader]
     held_out: PreparedDataset | None = None
+    weights: tuple[tuple[float, tuple[str, ...]], ...] | None = None
+    tokenizer_folder: Path | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> PreparedDataset:
@@ -60,10 +88,10 @@ class PreparedDataset:
                 "Make one with: python -m llama_lib prepare -d DATA --output DIR"
             )
         manifest = _read_manifest(path / MANIFEST)
-        readers = {}
+        readers: dict[str, Reader] = {}
         for name, facts in manifest["sources"].items():
             readers[name] = reader = IndexedReader(path / name)
-            found = (len(reader), len(reader.ids))
+            found = (len(reader), reader.num_tokens)
             if found != (facts["documents"], facts["tokens"]):
                 raise RunError(
                     f"{path / name}.bin has {found[0]} documents and {found[1]} tokens, the "
@@ -82,7 +110,21 @@ class PreparedDataset:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(reader.ids) for reader in self.readers.values())
+        return sum(reader.num_tokens for reader in self.readers.values())
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether some documents are ready-made rows, or cut to rows for a budget of tokens."""
+        return any(self._facts(name).get("rows", False) for name in self.readers)
+
+    @cached_property
+    def sources_of_entry(self) -> dict[int, tuple[str, ...]]:
+        """The sources of each word of -d, by its number from 0."""
+        entries: dict[int, tuple[str, ...]] = {}
+        for name in self.readers:
+            entry = self._facts(name).get("entry", 0)
+            entries[entry] = (*entries.get(entry, ()), name)
+        return entries
 
     @property
     def tokenizer_hash(self) -> str:
@@ -96,12 +138,16 @@ class PreparedDataset:
     @property
     def tokenizer_path(self) -> Path:
         """Folder of the tokenizer the ids come from, kept beside them."""
-        return self.path / TOKENIZER_FOLDER
+        return self.tokenizer_folder or self.path / TOKENIZER_FOLDER
 
     @cached_property
-    def document_lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of each document [documents], EOS included."""
-        return np.concatenate([r.lengths for r in self.readers.values()] or [np.empty(0, np.int32)])
+    def document_lengths(self) -> npt.NDArray[np.integer]:
+        """Tokens of each document int32 [documents], EOS included."""
+        lengths = [reader.lengths for reader in self.readers.values()]
+        # One file stays where it is; only several have to be put together in memory.
+        return (
+            lengths[0] if len(lengths) == 1 else np.concatenate([*lengths, np.empty(0, np.int32)])
+        )
 
     @cached_property
     def _first_documents(self) -> npt.NDArray[np.int64]:
@@ -114,6 +160,22 @@ class PreparedDataset:
             raise IndexError(f"document {document} of {self.num_documents}")
         source = int(np.searchsorted(self._first_documents, document, side="right")) - 1
         return self.sources[source], document - int(self._first_documents[source])
+
+    def source_of(self, documents: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """Numbers (in `sources`) of the sources of these documents."""
+        return np.searchsorted(self._first_documents, documents, side="right") - 1
+
+    def file_of(self, source: str, within: int) -> str:
+        """Name of the file that document `within` of a source comes from."""
+        number = self.readers[source].number_in_file(within)
+        for file in self._facts(source)["files"]:
+            if number < file["documents"]:
+                return file["name"]
+            number -= file["documents"]
+        raise IndexError(f"document {within} of {source}")
+
+    def _facts(self, source: str) -> dict[str, Any]:
+        return self.manifest["sources"][source]
 
     def tokens(
         self, document: int, start: int = 0, count: int | None = None
@@ -130,10 +192,10 @@ class PreparedDataset:
         """Unshuffled rows of `max_length` ids for evaluation; the last one may be shorter."""
         buffer = np.empty(0, np.int64)
         for reader in self.readers.values():
-            for first in range(0, len(reader.ids), max_length):
-                piece = reader.ids[first : first + max_length].astype(np.int64)
+            for chunk in reader.chunks(max_length):
+                piece = chunk.astype(np.int64)
                 buffer = np.concatenate([buffer, piece])
-                if len(buffer) >= max_length:
+                while len(buffer) >= max_length:
                     yield buffer[:max_length]
                     buffer = buffer[max_length:]
         if len(buffer):
@@ -147,6 +209,8 @@ class PreparedDataset:
         text = json.dumps(content)
         if self.held_out is not None:
             text += self.held_out.manifest_hash
+        if self.weights is not None:
+            text += json.dumps(self.weights)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -155,8 +219,8 @@ def unigram_entropy(dataset: PreparedDataset) -> float:
     counts = np.zeros(dataset.vocab_size, np.int64)
     for reader in dataset.readers.values():
         # Whole files need not fit in memory.
-        for first in range(0, len(reader.ids), 1 << 24):
-            counts += np.bincount(reader.ids[first : first + (1 << 24)], minlength=len(counts))
+        for chunk in reader.chunks(1 << 24):
+            counts += np.bincount(chunk, minlength=len(counts))
     shares = counts[counts > 0] / max(int(counts.sum()), 1)
     return float(-(shares * np.log(shares)).sum())
 
@@ -179,7 +243,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} is damaged ({error}): prepare the data again.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a prepared dataset.")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in _READABLE:
         raise UserError(
             f"{path} has version {manifest.get('version')}, this program reads {VERSION}: prepare "
             "the data again."

@@ -1,26 +1,23 @@
 """Texts to ids: gigatoken where its ids are proven equal to the tokenizer's own, else tokenizers.
 
-Invariant: the ids depend on the text and the tokenizer alone, never on the number of workers.
+Invariant: the ids depend on the text and the tokenizer alone, never on the process that makes them.
 """
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llama_lib.data.indexed import token_dtype
-from llama_lib.data.tokenizer import bare_backend, vocabulary_size
 from llama_lib.errors import UserError
 
-Ids = npt.NDArray[np.uint32]
+Ids = npt.NDArray[np.integer]
 Lengths = npt.NDArray[np.int64]
-
-Batch = TypeVar("Batch")
-Result = TypeVar("Result")
 
 # What tokenizers tend to disagree on: blanks, line ends, digits, scripts, combining marks, emoji,
 # control characters, contractions in either case, long runs. Special tokens come on top.
@@ -30,118 +27,133 @@ _PROBES = (
     "na\u00efve caf\u00e9 \u4f60\u597d\u4e16\u754c \u043f\u0440\u0438\u0432\u0435\u0442 "
     "\u0645\u0631\u062d\u0628\u0627 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 e\u0301 \ufb01 \u00bd",
     "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u2581 \u00a0 \u3000 \u2028 \ufeff "
-    "\x00\x07\x7f",
+    "\x00\x07\x1a\x7f",
     "http://a.b/c?d=e&f=1_000.5e-10 {'k': [1, 2, 3]} <div>&amp;</div> // --> !!!???...",
     "a" * 500 + " " * 100 + "\n" * 50 + "=-" * 60,
 )
 
 
-class Encoder:
-    """Encode batches of documents, each ended by EOS (and begun by BOS with `add_bos`).
+def text_hash(text: bytes) -> int:
+    """The 64 bits that decide whether a text is held out."""
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
 
-    `probes` are texts of the data: gigatoken is used only if it gives the same ids on them and on
-    the built-in ones. `engine` says which is used, `note` why it is not gigatoken.
-    `dtype` holds every id.
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the ids of a text, to be sent to other processes.
+
+    `engine` is gigatoken or tokenizers; each document begins with `prefix` and ends with `suffix`.
     """
 
-    def __init__(
-        self, tokenizer: Any, workers: int, add_bos: bool = False, probes: Sequence[str] = ()
-    ) -> None:
-        if add_bos and tokenizer.bos_token_id is None:
-            raise UserError("the tokenizer has no bos_token to begin documents with")
-        self.dtype = token_dtype(vocabulary_size(tokenizer))
-        self._workers = workers
-        self._prefix = [tokenizer.bos_token_id] if add_bos else []
-        self._suffix = [tokenizer.eos_token_id]
-        self._backend = bare_backend(tokenizer)
-        special = " ".join(f"x{token}y {token} " for token in tokenizer.all_special_tokens)
-        texts = [*_PROBES, special, *probes]
-        reference = [self._with_backend([text])[0] for text in texts]
-        self._probe_bytes = sum(len(text.encode("utf-8")) for text in probes or texts)
-        self._probe_tokens = sum(len(ids) for ids in reference[-len(probes or texts) :])
-        self._gigatoken, self.note = _proven_gigatoken(self._backend, texts, reference)
-        self.engine = "gigatoken" if self._gigatoken else "tokenizers"
-        # gigatoken spreads one batch over its own threads, so a single caller keeps it busy.
-        self.threads = 1 if self._gigatoken else workers
-        if not self._gigatoken:
-            # Ours are the threads: a pool within each of them would ignore `workers`.
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer_json: str
+    vocab_size: int
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    engine: str
 
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes per token on the probes: what an estimate of the size goes by."""
-        return max(self._probe_bytes, 1) / max(self._probe_tokens, 1)
+
+@dataclass(frozen=True)
+class Proof:
+    """Which engine may be used for a tokenizer, and why not gigatoken if it may not.
+
+    `bytes_per_token` is that of the probes: UTF-8 bytes, for estimates.
+    """
+
+    recipe: Recipe
+    note: str
+    bytes_per_token: float
+
+
+def prove(tokenizer: Any, add_bos: bool | None = None, probes: Sequence[str] = ()) -> Proof:
+    """Try gigatoken on `probes`, texts of the data, and on the built-in ones.
+
+    It is used only if it gives the ids of the tokenizer itself on each of them. Documents begin
+    with BOS if `add_bos`; None: if the tokenizer itself puts it there.
+    """
+    from llama_lib.data.tokenizer import adds_bos, bare_backend, vocabulary_size
+
+    if add_bos is None:
+        add_bos = adds_bos(tokenizer)
+    if add_bos and tokenizer.bos_token_id is None:
+        raise UserError("the tokenizer has no bos_token to begin documents with")
+    content = bare_backend(tokenizer).to_str()
+    special = " ".join(f"x{token}y {token} " for token in tokenizer.all_special_tokens)
+    texts = [*_PROBES, special, *probes]
+    reference = reference_encoder(content)(texts)
+    measured = list(probes or texts)
+    num_tokens = sum(len(ids) for ids in reference[-len(measured) :])
+    num_bytes = sum(len(text.encode("utf-8")) for text in measured)
+    note = _difference(content, texts, reference)
+    recipe = Recipe(
+        tokenizer_json=content,
+        vocab_size=vocabulary_size(tokenizer),
+        prefix=(tokenizer.bos_token_id,) if add_bos else (),
+        suffix=(tokenizer.eos_token_id,),
+        engine="tokenizers" if note else "gigatoken",
+    )
+    return Proof(recipe, note, max(num_bytes, 1) / max(num_tokens, 1))
+
+
+class Encoder:
+    """Encode batches of documents, each with its ends. `dtype` holds every id."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.dtype = token_dtype(recipe.vocab_size)
+        if recipe.engine == "gigatoken":
+            self._encode = gigatoken_encoder(recipe.tokenizer_json)
+        else:
+            self._encode = reference_encoder(recipe.tokenizer_json)
+        self._prefix = np.array(recipe.prefix, np.uint32)
+        self._suffix = np.array(recipe.suffix, np.uint32)
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
         """Ids of all documents one after another, and the length of each, ends included."""
-        if self._gigatoken:
-            flat, lengths = self._gigatoken(texts, self._workers > 1)
-        else:
-            rows = self._with_backend(texts)
-            lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-            flat = np.concatenate(rows) if rows else np.empty(0, np.uint32)
-        # Borders are set in one pass: every id moves on by the ends inserted before it.
+        rows = self._encode(texts)
         extra = len(self._prefix) + len(self._suffix)
-        wrapped = lengths + extra
-        out = np.empty(len(flat) + extra * len(lengths), np.uint32)
-        ends = np.cumsum(wrapped)
-        inside = np.ones(len(out), bool)
-        for back, token in enumerate(reversed(self._suffix), start=1):
-            out[ends - back] = token
-            inside[ends - back] = False
-        for ahead, token in enumerate(self._prefix):
-            out[ends - wrapped + ahead] = token
-            inside[ends - wrapped + ahead] = False
-        out[inside] = flat
-        return out, wrapped
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows)) + extra
+        pieces = [piece for row in rows for piece in (self._prefix, row, self._suffix)]
+        if not pieces:
+            return np.empty(0, self.dtype), lengths
+        return np.concatenate(pieces, dtype=self.dtype, casting="unsafe"), lengths
 
-    def _with_backend(self, texts: Sequence[str]) -> list[Ids]:
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+
+def reference_encoder(tokenizer_json: str) -> Callable[[Sequence[str]], list[Ids]]:
+    """Ids by the tokenizers library, which is the truth that gigatoken is held against."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer_json)
+
+    def encode(texts: Sequence[str]) -> list[Ids]:
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
-
-def in_order(
-    work: Callable[[Batch], Result], batches: Iterable[Batch], threads: int
-) -> Iterator[Result]:
-    """`map` on threads: results in the order of the batches, at most two per thread in memory."""
-    pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for batch in batches:
-                pending.append(pool.submit(work, batch))
-                if len(pending) > 2 * threads:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    return encode
 
 
-def _proven_gigatoken(
-    backend: Any, texts: Sequence[str], reference: Sequence[Ids]
-) -> tuple[Callable[[Sequence[str], bool], tuple[Ids, Lengths]] | None, str]:
-    """gigatoken's batch encoder if it gives the reference's ids, else None and the reason."""
+def gigatoken_encoder(tokenizer_json: str) -> Callable[[Sequence[str]], list[Ids]]:
+    """Ids by gigatoken, on the calling thread.
+
+    One call per document: its batches come as awkward arrays, a library that would add 60 MB and
+    a third of a second to every process (measured), and they are no faster.
+    """
+    import gigatoken
+
+    encode = gigatoken.Tokenizer.from_json(tokenizer_json).backend.encode
+    return lambda texts: [encode(text) for text in texts]
+
+
+def _difference(tokenizer_json: str, texts: Sequence[str], reference: Sequence[Ids]) -> str:
+    """Why gigatoken cannot be used; empty if its ids are those of the reference."""
     try:
-        import awkward
-        import gigatoken
-    except ImportError as error:
-        return None, f"gigatoken cannot be imported ({error})"
-
-    def encode(texts: Sequence[str], parallel: bool) -> tuple[Ids, Lengths]:
-        ids = fast.encode_batch(list(texts), parallel=parallel)
-        lengths = awkward.to_numpy(awkward.num(ids, axis=1))
-        return awkward.to_numpy(awkward.flatten(ids, axis=1)), lengths
-
-    try:
-        fast = gigatoken.Tokenizer.from_json(backend.to_str())
-        flat, lengths = encode(texts, False)
+        found = gigatoken_encoder(tokenizer_json)(texts)
     except (KeyboardInterrupt, SystemExit):
         raise
+    except ImportError as error:
+        return f"gigatoken cannot be imported ({error})"
     except BaseException as error:  # a panic in its Rust code is not an Exception
-        return None, f"gigatoken cannot load this tokenizer ({str(error).splitlines()[0]})"
-    ends = np.cumsum(lengths)
-    for text, end, length, expected in zip(texts, ends, lengths, reference, strict=True):
-        if not np.array_equal(flat[end - length : end], expected):
-            return None, f"gigatoken's ids differ, first on the text {text[:40]!r}"
-    return encode, ""
+        return f"gigatoken cannot load this tokenizer ({str(error).splitlines()[0]})"
+    for text, ids, expected in zip(texts, found, reference, strict=True):
+        if not np.array_equal(ids, expected):
+            return f"gigatoken's ids differ, first on the text {text[:40]!r}"
+    return ""

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from llama_lib.data.indexed import IndexedReader, IndexedWriter, token_dtype
+from llama_lib.data.megatron import open_megatron
+from llama_lib.data.prepared import FORMAT, VERSION, PreparedDataset
 from llama_lib.errors import RunError
 
 # Reads what we wrote with megatron-core, and writes it again.
@@ -85,30 +87,51 @@ def test_dtype_rule() -> None:
     assert token_dtype(128256) == np.int32
 
 
-def test_opening_costs_the_same_for_a_thousand_and_a_billion_tokens(tmp_path: Path) -> None:
-    def opened(name: str, documents: int, length: int) -> float:
-        # Sparse files: their size is real to the reader, nothing is stored.
-        with (tmp_path / f"{name}.bin").open("wb") as file:
-            file.truncate(2 * documents * length)
-        with (tmp_path / f"{name}.idx").open("wb") as file:
-            file.write(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, documents, documents + 1))
-            end = file.tell() + 4 * documents
-            file.seek(end - 4)
-            file.write(struct.pack("<i", length))
-            file.seek(end + 8 * documents - 8)
-            file.write(struct.pack("<q", 2 * (documents - 1) * length))
-            file.truncate(end + 8 * documents + 8 * (documents + 1))
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            reader = IndexedReader(tmp_path / name)
-            times.append(time.perf_counter() - start)
-        assert len(reader.ids) == documents * length
-        return min(times)
+def sparse(prefix: Path, documents: int, length: int) -> None:
+    """A pair of files whose size is real to the reader, while nothing is stored."""
+    with Path(f"{prefix}.bin").open("wb") as file:
+        file.truncate(2 * documents * length)
+    with Path(f"{prefix}.idx").open("wb") as file:
+        file.write(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, documents, documents + 1))
+        end = file.tell() + 4 * documents
+        file.seek(end - 4)
+        file.write(struct.pack("<i", length))
+        file.seek(end + 8 * documents - 8)
+        file.write(struct.pack("<q", 2 * (documents - 1) * length))
+        file.truncate(end + 8 * documents + 8 * (documents + 1))
 
-    small = opened("small", 10, 100)
-    large = opened("large", 10_000_000, 100)
-    assert large < small + 0.005
+
+def test_opening_costs_the_same_for_ten_megabytes_and_a_gigabyte(tmp_path: Path) -> None:
+    """Of tokens: as a dataset with a manifest, and as a bare pair of files."""
+    times: dict[str, list[float]] = {}
+    for name, documents in (("small", 10_000), ("large", 1_000_000)):
+        folder = tmp_path / name
+        folder.mkdir()
+        sparse(folder / "a", documents, 500)
+        counts = {"documents": documents, "tokens": 500 * documents, "bytes": 1}
+        tokenizer = {"hash": "", "vocab_size": 300}
+        manifest = {"format": FORMAT, "version": VERSION, "tokenizer": tokenizer, "options": {}}
+        sources = {"a": {**counts, "files": [{"name": "a.jsonl", "documents": documents}]}}
+        content = json.dumps({**manifest, **counts, "sources": sources})
+        (folder / "manifest.json").write_text(content)
+        opened = {
+            name: lambda folder=folder: PreparedDataset.open(folder),
+            f"{name} pair": lambda folder=folder, tokenizer=tokenizer: open_megatron(
+                folder / "a", tokenizer, folder
+            ),
+        }
+        for kind, open_it in opened.items():
+            times[kind] = []
+            for _ in range(5):
+                start = time.perf_counter()
+                dataset = open_it()
+                dataset.tokens(documents - 1)
+                times[kind].append(time.perf_counter() - start)
+            assert dataset.num_tokens == 500 * documents
+    assert (tmp_path / "large" / "a.bin").stat().st_size == 1_000_000_000
+    for kind in ("", " pair"):
+        small, large = min(times[f"small{kind}"]), min(times[f"large{kind}"])
+        assert large < 0.05 and large < small + 0.01
 
 
 def test_memory_of_the_writer_is_flat(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """From files to a prepared dataset: contents, held-out text, cache, refusals, faults."""
 
+import gzip
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from llama_lib.data import assemble
+from llama_lib.data import assemble, build, fates, tokenise, tokenised
 from llama_lib.data import prepare as prepare_module
 from llama_lib.data.inspect import main as inspect_main
 from llama_lib.data.once import once
@@ -61,6 +61,10 @@ def test_every_document_lands_on_exactly_one_side(request_for, write_jsonl, toke
     assert dataset.num_tokens == dataset.document_lengths.sum()
     number = trained.index(next(text for text in trained if text.startswith("b")))
     assert dataset.locate(number) == ("b", 0)
+    everything = np.arange(dataset.num_documents)
+    assert [dataset.sources[n] for n in dataset.source_of(everything)] == [
+        dataset.locate(n)[0] for n in everything.tolist()
+    ]
     # what is held out does not depend on the order or company of the documents
     write_jsonl("a.jsonl", texts["a"][::-1])
     again = prepare(request_for(paths[0], eval_ratio=0.1))
@@ -111,17 +115,24 @@ def test_manifest_holds_what_is_promised(request_for, write_jsonl) -> None:
 def test_bytes_do_not_depend_on_workers_or_engine(
     request_for, write_jsonl, tmp_path, monkeypatch
 ) -> None:
-    from llama_lib.data import build, tokenise
-
-    monkeypatch.setattr(build, "_BATCH_CHARACTERS", 500)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     paths = [write_jsonl(f"{n}.jsonl", [f"{n} {m}" * (m % 9 + 1) for m in range(99)]) for n in "ab"]
-    folders = [tmp_path / name for name in ("one", "two", "slow")]
-    prepare(request_for(*paths, workers=1, output=folders[0]))
-    prepare(request_for(*paths, workers=2, output=folders[1]))
-    monkeypatch.setattr(tokenise, "_proven_gigatoken", lambda *_: (None, "not wanted"))
-    prepare(request_for(*paths, workers=2, output=folders[2]))
-    assert files_of(folders[0]) == files_of(folders[1]) == files_of(folders[2])
+    compressed = tmp_path / "c.jsonl.gz"
+    compressed.write_bytes(gzip.compress(paths[0].read_bytes()))
+    paths = [*paths, compressed]
+    one = prepare(request_for(*paths, workers=1, output=tmp_path / "one"))
+    assert one.held_out is not None and len(one.sources) == 3
+    expected = files_of(one.path)
+    monkeypatch.setattr(tokenised, "PART_BYTES", 700)
+    for workers in (1, 2, 3):
+        folder = tmp_path / f"workers-{workers}"
+        prepare(request_for(*paths, workers=workers, output=folder))
+        assert files_of(folder) == expected
+    monkeypatch.setattr(tokenised, "_BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(assemble, "_CHUNK_TOKENS", 100)
+    monkeypatch.setattr(fates, "_CHUNK", 7)
+    monkeypatch.setattr(tokenise, "_difference", lambda *_: "not wanted")
+    prepare(request_for(*paths, workers=1, output=tmp_path / "slow"))
+    assert files_of(tmp_path / "slow") == expected
 
 
 def test_second_call_opens_what_the_first_prepared(request_for, write_jsonl, monkeypatch) -> None:
@@ -132,7 +143,7 @@ def test_second_call_opens_what_the_first_prepared(request_for, write_jsonl, mon
         raise AssertionError("prepared twice")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "assemble", never)
+        patch.setattr(prepare_module, "build", never)
         assert prepare(request_for(path, seed=1)).manifest_hash == first.manifest_hash
         with pytest.raises(AssertionError, match="prepared twice"):
             prepare(request_for(path, eval_ratio=0.5))
@@ -162,8 +173,6 @@ def test_prepared_dataset_is_taken_as_it_is(
         prepare(PrepareRequest([str(moved)], tokenizer="sample", cache_dir=cache_dir))
     with pytest.raises(UserError, match="vocab_size is 200"):
         prepare(PrepareRequest([str(moved)], vocab_size=200))
-    with pytest.raises(UserError, match="only one given"):
-        prepare(request_for(moved, "sample"))
     held_out = write_jsonl("held.jsonl", ["later"])
     with_eval = prepare(
         PrepareRequest([str(moved)], cache_dir=tmp_path / "other", eval_data=[str(held_out)])
@@ -204,9 +213,14 @@ def test_bad_line_leaves_nothing_behind(request_for, write_jsonl, tmp_path) -> N
 def test_too_small_a_disk_is_seen_before_the_start(request_for, write_jsonl, monkeypatch) -> None:
     path = write_jsonl("a.jsonl", ["one two three"] * 100)
     usage = shutil.disk_usage(path)
-    monkeypatch.setattr(assemble.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    # Two bytes per token, a token per character here, and parts and their assembled copy are
+    # there at once: what is enough for one is not for both.
+    size = path.stat().st_size
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: usage._replace(free=3 * size))
     with pytest.raises(UserError, match=r"GiB free.*--cache_dir"):
         prepare(request_for(path))
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: usage._replace(free=5 * size))
+    prepare(request_for(path))
 
 
 @pytest.mark.parametrize("damage", ["manifest", "version", "foreign", "tokens", "unfinished"])
@@ -217,7 +231,7 @@ def test_damaged_folders_are_not_opened(request_for, write_jsonl, tmp_path, dama
     if damage == "manifest":
         manifest.write_text(manifest.read_text()[:-9])
     elif damage == "version":
-        manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 99'))
+        manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 99'))
     elif damage == "foreign":
         manifest.write_text("{}")
     elif damage == "tokens":
@@ -230,6 +244,23 @@ def test_damaged_folders_are_not_opened(request_for, write_jsonl, tmp_path, dama
             prepare(request_for(folder))
     with pytest.raises((UserError, RunError)):
         PreparedDataset.open(folder)
+
+
+def test_folders_of_the_first_version_still_open(request_for, write_jsonl, tmp_path) -> None:
+    folder = tmp_path / "out"
+    made = prepare(request_for(write_jsonl("a.jsonl", ["one", "two"]), output=folder))
+    for path in (folder / "manifest.json", folder / "eval" / "manifest.json"):
+        content = json.loads(path.read_text())
+        content["version"] = 1
+        for facts in content["sources"].values():
+            for later in ("entry", "rows", "left_out"):
+                facts.pop(later, None)
+        path.write_text(json.dumps(content))
+    opened = PreparedDataset.open(folder)
+    assert opened.num_tokens == made.num_tokens and opened.held_out is not None
+    assert opened.sources_of_entry == {0: ("a",)} and not opened.has_rows
+    # The cache makes its own again: what is asked for is another version.
+    assert prepare(request_for(folder)).manifest_hash == opened.manifest_hash
 
 
 def test_unigram_entropy_against_its_definition(request_for, write_jsonl) -> None:
@@ -261,6 +292,23 @@ def test_commands(tmp_path, write_jsonl, tokenizer_path, capsys) -> None:
     assert "the second text</s>" in shown and "manifest hash" in shown
     with pytest.raises(UserError, match="--document 2"):
         inspect_main([out, "--document", "2"])
+
+
+def test_options_of_the_command(tmp_path, write_jsonl, tokenizer_path, capsys) -> None:
+    path = write_jsonl("a.jsonl", ["the cat", "the cat", "x", "the other cats sat on mat"])
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text('{"a": 100}')
+    common = ["--tokenizer", str(tokenizer_path), "--cache_dir", str(tmp_path / "cache")]
+    common += ["--eval_ratio", "0", "--workers", "1"]
+    filters = ["--dedup", "--min_length", "3", "--max_length", "20", "--seed", "3"]
+    out = tmp_path / "filtered"
+    assert main(["-d", f"{path}[1]", *common, *filters, "--output", str(out)]) == 0
+    assert PreparedDataset.open(out).num_documents == 1
+    assert "left out: 1 too short, 1 duplicates, 1 not drawn" in capsys.readouterr().err
+    budget = ["--num_token", "4:8", "2:4", "--mixture", str(mixture)]
+    assert main(["-d", str(path), *common, *budget, "--output", str(tmp_path / "rows")]) == 0
+    rows = PreparedDataset.open(tmp_path / "rows")
+    assert sorted(rows.document_lengths.tolist()) == [2, 2, 4, 4]
 
 
 PREPARE = """
@@ -301,31 +349,6 @@ def test_one_of_two_processes_prepares_and_the_other_waits(
     assert [process.returncode for process in both] == [0, 0]
     assert sorted("prepared" in message for message in messages) == [False, True]
     assert PreparedDataset.open(out).num_documents == 2
-
-
-def test_killed_preparer_leaves_nothing_finished_and_the_next_starts_over(
-    tmp_path, tokenizer_path, request_for
-) -> None:
-    path = tmp_path / "a.jsonl"
-    with path.open("w") as file:
-        for number in range(60_000):
-            file.write(json.dumps({"text": f"document {number} " * 8}) + "\n")
-    process = started(path, tokenizer_path, tmp_path, "--eval_ratio", "0.1")
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out.tmp-*/a.bin")) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
-    out = tmp_path / "out"
-    assert list(tmp_path.glob("out.tmp-*/a.bin")), "was killed too late to show anything"
-    assert not out.exists()
-    request = request_for(path, cache_dir=tmp_path / "c", output=out, eval_ratio=0.1)
-    dataset = prepare(request)
-    assert not list(tmp_path.glob("out.tmp-*"))
-    prepare(request_for(path, cache_dir=tmp_path / "c", output=tmp_path / "b", eval_ratio=0.1))
-    assert files_of(out) == files_of(tmp_path / "b")
-    assert dataset.held_out is not None
-    assert dataset.num_documents + dataset.held_out.num_documents == 60_000
 
 
 @pytest.mark.skipif(not REDPAJAMA.is_dir(), reason="needs the shared RedPajama samples")
