@@ -55,8 +55,8 @@ class MetricsSink:
 
         folder = Path(tensorboard_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = _continued(folder / "metrics.jsonl", first_step)
-        self._evals = _continued(folder / "eval.jsonl", first_step)
+        self._metrics = continued(folder / "metrics.jsonl", first_step)
+        self._evals = continued(folder / "eval.jsonl", first_step)
         self._events = SummaryWriter(str(folder), purge_step=first_step)
 
     def log(self, record: StepRecord) -> None:
@@ -98,8 +98,11 @@ class MetricsSink:
                 self._events.close()
 
 
-def _continued(path: Path, first_step: int) -> IO[str]:
-    """`path` opened for appending, holding only records of steps before `first_step`."""
+def continued(path: Path, first_step: int) -> IO[str]:
+    """`path` opened for appending, holding only records of steps before `first_step`.
+
+    A run that begins anew moves the file of an earlier one aside, to NAME.1.jsonl and so on.
+    """
     if path.exists() and first_step > 1:
         _cut(path, first_step)
     elif path.exists() and path.stat().st_size:

@@ -14,19 +14,23 @@ from typing import Any
 from llama_lib.checkpoint.manifest import check_load_argument, refuse_occupied
 from llama_lib.checkpoint.tensors import open_weights
 from llama_lib.config import Options
-from llama_lib.data.hub import is_hub_name
 from llama_lib.data.once import once
-from llama_lib.data.order import RowOrder
-from llama_lib.data.prepare import PrepareRequest, prepare
-from llama_lib.data.prepared import PreparedDataset, is_prepared
-from llama_lib.data.readers import file_format
-from llama_lib.data.sources import resolve
-from llama_lib.data.tokenizer import load_tokenizer
+from llama_lib.data.training_data import TrainingData
 from llama_lib.errors import UserError
 from llama_lib.launch import has_accelerator, network_problems, world_size
 from llama_lib.layout import BatchPlan, Layout, layout_of, layout_problems, plan_batches
-from llama_lib.models import DEFAULT_TOKENIZERS, model_config
+from llama_lib.models import model_config
+from llama_lib.run_data import (
+    bend_data_defaults,
+    data_option_problems,
+    ignored_data_settings,
+    local_data_problems,
+    open_data,
+)
 from llama_lib.versions import check_versions
+
+# More rows than any run takes: the plan is then made of --max_steps and --max_tokens alone.
+UNLIMITED_ROWS = 2**62
 
 
 @dataclass
@@ -40,8 +44,7 @@ class Run:
     config: Any
     layout: Layout
     plan: BatchPlan
-    dataset: PreparedDataset
-    order: RowOrder
+    data: TrainingData
     tokenizer: Any
     model_folder: Path | None
     notes: list[str] = field(default_factory=list)
@@ -52,17 +55,33 @@ class Run:
 
         options = self.options
         model = options.model.model_path or options.model.config
-        data = self.dataset
-        held_out = data.held_out.num_tokens if data.held_out else 0
+        words = " ".join(options.data.dataset)
         return [
             f"model {model}: {num_parameters(self.config):,} parameters, "
-            f"{options.training.mixed_precision}, attention {self.config._attn_implementation}",
+            f"{options.training.mixed_precision}, attention {self._attention()}",
             self.layout.describe(),
-            f"data {' '.join(options.data.dataset)}: {data.num_documents:,} documents, "
-            f"{data.num_tokens:,} tokens from {len(data.sources)} source(s); "
-            f"held out {held_out:,} tokens",
+            *(f"data {words}: {line}" for line in self.data.lines),
             *self.plan.describe(),
+            *self._describe_repetitions(),
         ]
+
+    def _attention(self) -> str:
+        if not self.options.model.document_mask:
+            return self.config._attn_implementation
+        import torch
+
+        from llama_lib.document_attention import document_kernel
+
+        device = torch.device("cuda" if has_accelerator() else "cpu")
+        half = self.options.training.mixed_precision != "fp32"
+        kernel = document_kernel(device, torch.bfloat16 if half else torch.float32)
+        return f"within documents ({kernel})"
+
+    def _describe_repetitions(self) -> list[str]:
+        if self.data.repetitions is None:
+            return []
+        passes = self.data.repetitions(self.plan.num_steps * self.plan.global_batch)
+        return [f"  {label}: {times:.3g} passes in this run" for label, times in passes.items()]
 
 
 def preflight(options: Options) -> Run:
@@ -79,7 +98,7 @@ def preflight(options: Options) -> Run:
         notes.append("--config is ignored: --model_path brings the shape of its weights")
     problems = _setting_problems(options)
     try:
-        model_folder = None if source is None else _model_folder(source, options.data.cache_dir)
+        model_folder = None if source is None else local_model(source, options.data.cache_dir)
         config = model_config(options.model.config if model_folder is None else str(model_folder))
         notes += _bend_defaults(options, config)
         if model_folder is not None:
@@ -88,15 +107,16 @@ def preflight(options: Options) -> Run:
     except UserError as error:
         problems = error.problems + problems
     if problems:
-        raise UserError(problems + _local_data_problems(options))
-    dataset, tokenizer = _prepare_data(options, config, model_folder)
-    notes += _ignored_settings(options, dataset)
+        raise UserError(problems + local_data_problems(options))
+    data, tokenizer = open_data(options, config, model_folder)
+    notes += ignored_data_settings(options, data.held_out)
     layout = layout_of(options, world_size())
-    order = RowOrder(dataset.document_lengths, options.model.max_length, options.training.seed)
-    rows = order.num_rows(options.training.num_epochs)
+    rows = UNLIMITED_ROWS
+    if data.num_rows is not None:
+        rows = data.num_rows(options.training.num_epochs)
     plan = plan_batches(options, layout, options.model.max_length, rows)
     _set_attention(options, config)
-    return Run(options, config, layout, plan, dataset, order, tokenizer, model_folder, notes)
+    return Run(options, config, layout, plan, data, tokenizer, model_folder, notes)
 
 
 def _bend_defaults(options: Options, config: Any) -> list[str]:
@@ -109,6 +129,7 @@ def _bend_defaults(options: Options, config: Any) -> list[str]:
     if "mixed_precision" not in options.typed and not has_accelerator():
         notes.append("--mixed_precision is bf16: without a GPU fp16 is some 200 times slower")
         options.training.mixed_precision = "bf16"
+    notes += bend_data_defaults(options)
     if not has_accelerator():
         notes.append("no GPU: ColossalAI runs on CPU processes over gloo")
     return notes
@@ -138,7 +159,9 @@ def _model_problems(options: Options, config: Any) -> list[str]:
         # With data beyond any limit only the numbers themselves can be wrong: they are refused
         # here, not after hours of tokenising.
         layout = layout_of(options, world_size())
-        problems += _problems_of(plan_batches, options, layout, options.model.max_length, 2**62)
+        problems += _problems_of(
+            plan_batches, options, layout, options.model.max_length, UNLIMITED_ROWS
+        )
     return problems
 
 
@@ -173,6 +196,7 @@ def _setting_problems(options: Options) -> list[str]:
         problems.append(
             f"--seed {options.training.seed} is too large: numpy takes seeds below 2^32 = {2**32}."
         )
+    problems += data_option_problems(options)
     problems += _folder_problems(options)
     problems += _problems_of(_check_load, options)
     return problems + _problems_of(_check_save_dir, options)
@@ -184,18 +208,6 @@ def _problems_of(check: Callable[..., Any], *args: Any) -> list[str]:
     except UserError as error:
         return error.problems
     return []
-
-
-def _local_data_problems(options: Options) -> list[str]:
-    """Wrong files and folders, shown beside other problems; alone, `prepare` names them."""
-    cache_dir = Path(options.data.cache_dir).expanduser()
-    problems = []
-    for name in [*options.data.dataset, *(options.data.eval_data or ())]:
-        path = Path(name)
-        on_the_hub = not path.exists() and is_hub_name(name) and file_format(path) is None
-        if name != "sample" and not is_prepared(name) and not on_the_hub:
-            problems += _problems_of(resolve, name, cache_dir)
-    return problems
 
 
 def _check_load(options: Options) -> None:
@@ -230,7 +242,7 @@ def _folder_problems(options: Options) -> list[str]:
     return problems
 
 
-def _model_folder(name: str, cache_dir: str) -> Path:
+def local_model(name: str, cache_dir: str) -> Path:
     """The folder of a local path or hub id; one process per host downloads."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -249,54 +261,6 @@ def _model_folder(name: str, cache_dir: str) -> Path:
             f"--model_path {name}: not a folder here, and the hub gives no such model "
             f"({str(error).splitlines()[0]})."
         ) from None
-
-
-def tokenizer_name(options: Options, model_folder: Path | None) -> str | None:
-    """The tokenizer of a run; None leaves it to the data (prepared, or the sample's own)."""
-    if options.model.tokenizer is not None:
-        return options.model.tokenizer
-    if model_folder is not None:
-        return str(model_folder)
-    if options.data.dataset == ["sample"] or any(is_prepared(d) for d in options.data.dataset):
-        return None
-    name = options.model.config
-    return DEFAULT_TOKENIZERS.get(name, name if not name.endswith(".json") else None)
-
-
-def _prepare_data(
-    options: Options, config: Any, model_folder: Path | None
-) -> tuple[PreparedDataset, Any]:
-    data = options.data
-    request = PrepareRequest(
-        datasets=data.dataset,
-        tokenizer=tokenizer_name(options, model_folder),
-        eval_data=data.eval_data or (),
-        eval_ratio=data.eval_ratio,
-        cache_dir=data.cache_dir,
-        seed=options.training.seed,
-        workers=data.workers,
-        skip_bad_lines=data.skip_bad_lines,
-        vocab_size=config.vocab_size,
-    )
-    try:
-        dataset = prepare(request)
-    except PermissionError as error:
-        raise UserError(f"{error.filename}: no permission to use it; change its mode.") from None
-    return dataset, load_tokenizer(str(dataset.tokenizer_path), data.cache_dir)
-
-
-def _ignored_settings(options: Options, dataset: PreparedDataset) -> list[str]:
-    """One line for each typed setting that has nothing to act on."""
-    notes = []
-    if options.report.eval_interval and dataset.held_out is None:
-        notes.append("--eval_interval is ignored: there is no held-out text (see --eval_ratio)")
-    prepared = any(is_prepared(name) for name in options.data.dataset)
-    for name in ("eval_ratio", "skip_bad_lines", "workers"):
-        if prepared and name in options.typed:
-            notes.append(f"--{name} is ignored: --dataset is prepared already")
-    if options.data.eval_data and "eval_ratio" in options.typed:
-        notes.append("--eval_ratio is ignored: --eval_data is the held-out text")
-    return notes
 
 
 def _set_attention(options: Options, config: Any) -> None:

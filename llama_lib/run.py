@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama_lib import coordination, host
+from llama_lib import coordination, host, ledger
 from llama_lib.checkpoint import store
 from llama_lib.checkpoint.manifest import set_aside_newer
 from llama_lib.checkpoint.store import TrainerState
@@ -23,7 +23,7 @@ from llama_lib.engine import Engine
 from llama_lib.errors import RunError, UserError
 from llama_lib.evaluate import HeldOut
 from llama_lib.launch import start_process_group
-from llama_lib.preflight import Run
+from llama_lib.preflight import UNLIMITED_ROWS, Run
 from llama_lib.trainer import Trainer
 
 logger = logging.getLogger("llama_lib")
@@ -119,11 +119,11 @@ def _check_shared(save_dir: str) -> None:
 
 def _check_same_data(run: Run) -> None:
     """Hosts prepare on their own; they must have come to the same data."""
-    hashes = coordination.gather(run.dataset.manifest_hash)
+    hashes = coordination.gather(run.data.identity)
     if len(set(hashes)) > 1:
         odd = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
         raise RunError(
-            f"the prepared data of rank(s) {odd} differs from rank 0's: the hosts see other input "
+            f"the data of rank(s) {odd} differs from rank 0's: the hosts see other input "
             "files or package versions. Prepare once (python -m llama_lib prepare) into a folder "
             "all hosts see, and give that to -d."
         )
@@ -132,17 +132,26 @@ def _check_same_data(run: Run) -> None:
 def _trainer(run: Run, engine: Engine, state: TrainerState) -> Trainer:
     options, plan = run.options, run.plan
     loader = BatchLoader(
-        run.dataset,
-        run.order,
+        run.data.open_rows(state.stream),
         plan.global_batch,
         engine.dp_rank,
         plan.dp,
         plan.accumulation,
-        first_sample=state.samples - state.step * plan.global_batch,
+        position=state.position,
     )
-    held_out = run.dataset.held_out
-    evaluated = HeldOut(held_out, options.model.max_length) if held_out else None
-    return Trainer(options, engine, plan, loader, run.tokenizer, state, evaluated)
+    held_out = run.data.held_out
+    evaluated = (
+        HeldOut(held_out, options.model.max_length, options.model.document_mask)
+        if held_out
+        else None
+    )
+    part = ledger.Part(
+        state.step + 1, plan.num_steps, plan.global_batch, run.data.identity, state.position
+    )
+    book = ledger.LedgerWriter(options.checkpoint.save_dir, part, dist.get_rank() == 0)
+    return Trainer(
+        options, engine, plan, loader, run.tokenizer, state, evaluated, book, run.data.available
+    )
 
 
 # -- resuming -----------------------------------------------------------------------------------
@@ -152,9 +161,11 @@ def _facts(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """What must be equal for a checkpoint to be continued: the model's shape and the data."""
     shape = {name: getattr(run.config, name, None) for name in SHAPE_FIELDS}
     data = {
-        "tokenizer": run.dataset.tokenizer_hash,
-        "manifest": run.dataset.manifest_hash,
+        "tokenizer": run.data.tokenizer_hash,
+        "manifest": run.data.identity,
         "max_length": run.options.model.max_length,
+        "packing": run.options.data.packing,
+        "streaming": run.options.data.streaming,
         "seed": run.options.training.seed,
     }
     return shape, data
@@ -168,16 +179,19 @@ def _starting_point(run: Run, say: Any) -> tuple[TrainerState, Path | None]:
         0, 0, 0, 0, options.training.seed, options.to_dict(), model=model, data=data
     )
     if options.checkpoint.load is None:
+        _skip_steps(run, fresh, say)
         return fresh, None
     checkpoint, lines = store.find_checkpoint(options.checkpoint.load, options.checkpoint.save_dir)
     for line in lines:
         say(line)
     if checkpoint is None:
+        _skip_steps(run, fresh, say)
         return fresh, None
     state = store.read_state(checkpoint)
     _refuse_other_run(checkpoint, state, model, data)
     for line in option_differences(state.options, options.to_dict()):
         say(line)
+    _skip_steps(run, state, say)
     run.plan = continued_plan(run, state)
     say(
         f"resumed {checkpoint} at step {state.step}: {state.samples:,} samples and "
@@ -200,13 +214,17 @@ def _refuse_other_run(
         "tokenizer": "give the tokenizer the run started with",
         "manifest": "give the -d, --eval_data and --eval_ratio the run started with",
         "max_length": "rows and data position would change; give the same --max_length",
+        "packing": "rows and data position would change; give the same --packing",
+        "streaming": "the order of the data would change; give --streaming as before",
         "seed": "the data order would start anew; give the same --seed",
     }
+    # Checkpoints of older versions know no other way than these.
+    saved = {"packing": "concat", "streaming": False} | state.data
     for key, remedy in remedies.items():
-        if data[key] != state.data.get(key):
+        if data[key] != saved.get(key):
             problems.append(
                 f"{checkpoint} was trained with another {key} "
-                f"({state.data.get(key)}, this run has {data[key]}): {remedy}."
+                f"({saved.get(key)}, this run has {data[key]}): {remedy}."
             )
     if problems:
         raise UserError(problems)
@@ -224,15 +242,40 @@ def option_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[s
     return lines
 
 
+def _skip_steps(run: Run, state: TrainerState, say: Any) -> None:
+    """Leave out the rows of --skip_steps: into the state, so that later resumptions keep to it."""
+    text = run.options.data.skip_steps
+    if text is None:
+        return
+    if text in state.skipped_steps:
+        say(f"--skip_steps {text}: left out already")
+        return
+    start, stop = (int(part) for part in text.split(":"))
+    if start <= state.step:
+        raise UserError(
+            f"--skip_steps {text}: step {start} is done already, this run goes on after step "
+            f"{state.step}; load a checkpoint from before it (--load PATH)."
+        )
+    batch, before = run.plan.global_batch, state.position
+    first, last = before.next_sample(start - 1, batch), before.next_sample(stop - 1, batch) - 1
+    state.skips = [list(pair) for pair in before.skipping(start, stop, batch).skips]
+    state.skipped_steps = [*state.skipped_steps, text]
+    run.plan = continued_plan(run, state)
+    say(f"--skip_steps {text}: rows {first:,} to {last:,} of the data order are left out")
+
+
 def continued_plan(run: Run, state: TrainerState) -> Any:
-    """The plan of a resumed run: the steps done, then what is left of the data or the limits.
+    """The plan from a state on: the steps done, then what is left of the data or the limits.
 
     With the saved global batch this is the plan as it was; another one goes on with the next
     unseen sample.
     """
-    plan, training = run.plan, run.options.training
-    rows = run.order.num_rows(training.num_epochs)
-    left, dropped = divmod(max(0, rows - state.samples), plan.global_batch)
+    plan, training, place = run.plan, run.options.training, state.position
+    end = UNLIMITED_ROWS
+    if run.data.num_rows is not None:
+        end = run.data.num_rows(training.num_epochs)
+    left_out = sum(max(0, min(stop, end) - max(first, place.sample)) for first, stop in place.skips)
+    left, dropped = divmod(max(0, end - place.sample - left_out), plan.global_batch)
     steps = state.step + left
     if training.max_steps is not None and training.max_steps < steps:
         steps, dropped = training.max_steps, 0

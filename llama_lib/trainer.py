@@ -20,11 +20,12 @@ from llama_lib.checkpoint import store
 from llama_lib.checkpoint.store import TrainerState
 from llama_lib.config import Options
 from llama_lib.control import Request, Requests
-from llama_lib.data.loader import BatchLoader, rows_hash
+from llama_lib.data.loader import BatchLoader, Rows, StepRows, rows_hash
 from llama_lib.engine import Engine, GradientNorm, MicroBatch
 from llama_lib.errors import RunError
 from llama_lib.evaluate import HeldOut, held_out_losses, sample_text
 from llama_lib.layout import BatchPlan
+from llama_lib.ledger import LedgerWriter, consumption, tokens_by_source
 from llama_lib.metrics import Console, MetricsSink, StepRecord, final_line
 from llama_lib.optim import learning_rate, set_learning_rate
 from llama_lib.timing import Stopwatch
@@ -43,6 +44,8 @@ class Trainer:
         loader: gives the micro-batches of this rank; its step counts from 0.
         state: where the run stands; step 0 for a fresh one.
         held_out: what `eval_interval` measures, or None.
+        ledger: where the rows of every step are written down.
+        available: tokens of each source in one pass, for the report at the end.
     """
 
     def __init__(
@@ -54,11 +57,15 @@ class Trainer:
         tokenizer: Any,
         state: TrainerState,
         held_out: HeldOut | None = None,
+        ledger: LedgerWriter | None = None,
+        available: dict[str, int] | None = None,
     ) -> None:
         self.options, self.engine, self.plan, self.loader = options, engine, plan, loader
         self.tokenizer, self.state, self.held_out = tokenizer, state, held_out
+        self.ledger, self.available = ledger, available or {}
+        self.consumed_before = dict(state.consumed)
+        self.consumed: dict[str, int] = {}  # training tokens of this replica's rows, by source
         self.is_main = dist.get_rank() == 0
-        self.labels_per_step = plan.global_batch * (plan.max_length - 1)
         self.nonfinite_steps = 0
         self.saved_step = state.step if state.step else None
         self.first_step = state.step + 1
@@ -94,42 +101,60 @@ class Trainer:
                         break
         finally:
             batches.close()
+            self.loader.close()
+            if self.ledger is not None:
+                self.ledger.close()
             requests.close()
             self.console.close()
             self.sink.close()
         self._finish(request)
         return 128 + request.signal_number if request.signal_number else 0
 
-    def train_step(self, rows: list[Any]) -> None:
+    def train_step(self, rows: StepRows) -> None:
         step = self.state.step + 1
-        batches = [self._micro_batch(part) for part in rows]
+        batches = [self._micro_batch(part) for part in rows.micro_batches]
         if step == self.first_step:
             self._check_replicas(rows)
         lr = learning_rate(
             step, self.plan.num_steps, self.plan.warmup_steps, self.options.training.lr
         )
         set_learning_rate(self.engine.optimizer, lr)
-        loss = self.engine.forward_backward(batches, self.labels_per_step)
+        loss = self.engine.forward_backward(batches, max(1, rows.num_labels))
         grad_norm = self.engine.step()
-        self._advance()
+        self._advance(rows)
         self._watch_norm(grad_norm)
         if self._is_logged(step):
             logger.info("step %d batch %s", step, rows_hash(rows))
             # The one place where the loop waits for the device on its own account.
             self._record(step, self.engine.reduce_loss(loss), lr, grad_norm)
 
-    def _micro_batch(self, ids: Any) -> MicroBatch:
-        input_ids = torch.from_numpy(ids)
+    def _micro_batch(self, rows: Rows) -> MicroBatch:
+        # The engine turns the documents into what its kernel takes before it copies anything.
+        documents = None if rows.documents is None else torch.from_numpy(rows.documents)
+        ids = self._on_device(rows.ids)
+        # Rows without padding and masks are their own labels: one copy to the device, not two.
+        labels = ids if rows.labels is rows.ids else self._on_device(rows.labels)
+        return MicroBatch(ids, labels, documents)
+
+    def _on_device(self, array: Any) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
         if self.engine.device.type == "cuda":
             # From pinned memory the copy runs beside the computation; from pageable memory the
             # host would wait for it.
-            input_ids = input_ids.pin_memory().to(self.engine.device, non_blocking=True)
-        return MicroBatch(input_ids, input_ids)
+            tensor = tensor.pin_memory().to(self.engine.device, non_blocking=True)
+        return tensor
 
-    def _advance(self) -> None:
+    def _advance(self, rows: StepRows) -> None:
         self.state.step += 1
         self.state.samples += self.plan.global_batch
         self.state.tokens += self.plan.tokens_per_step
+        self.state.next_sample = self.loader.position.next_sample(
+            self.state.step, self.plan.global_batch
+        )
+        for source, tokens in rows.tokens.items():
+            self.consumed[source] = self.consumed.get(source, 0) + tokens
+        if self.ledger is not None and (place := self.loader.source.state(rows.samples[0])):
+            self.ledger.stream_step(self.state.step, place)
         self.watch.step_done(self.loader.data_wait)
         self.console.advance()
 
@@ -246,7 +271,7 @@ class Trainer:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value.item()
 
-    def _check_replicas(self, rows: list[Any]) -> None:
+    def _check_replicas(self, rows: StepRows) -> None:
         """Ranks of one model replica must see one batch, replicas different ones."""
         by_replica: dict[int, set[str]] = {}
         for replica, digest in coordination.gather((self.engine.dp_rank, rows_hash(rows))):
@@ -274,7 +299,11 @@ class Trainer:
         checkpoint = self.options.checkpoint
         self.state.scaler = store.scaler_state(self.engine)
         self.state.loss_scale = self.engine.loss_scale()
-        self.state.epoch = self.loader.order.epoch_of(self.state.samples)
+        self.state.epoch = self.loader.source.epoch_of(self.state.position.sample)
+        self.state.stream = self.loader.source.state(self.state.position.sample)
+        self.state.consumed = tokens_by_source(
+            coordination.gather((self.engine.dp_rank, self.consumed)), self.consumed_before
+        )
         self.state.schedule = self._schedule()
         self.state.options = self.options.to_dict()
         try:
@@ -341,6 +370,9 @@ class Trainer:
         newest = store.step_directory(save_dir, self.saved_step or self.state.step)
         if request.leave:
             self.say(f"stopped after step {self.state.step} as asked")
+        self.say("trained on:")
+        for line in consumption(self.state.consumed, self.available):
+            self.say(line)
         self.say("next:")
         self.say("  resume      the same command with --load auto")
         self.say(f"  curves      tensorboard --logdir {self.options.report.tensorboard_dir}")

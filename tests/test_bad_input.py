@@ -177,6 +177,42 @@ def test_missing_data(attempt, tmp_path, dataset, parts):
     assert missing_from(attempt("-d", dataset), *parts) == []
 
 
+STREAM = ["--streaming", "--max_steps", "5"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["-d", "text.jsonl[0]"], ["text.jsonl[0]", "whole number from 1"]),
+        (["-d", "a.jsonl:0.5", "b.jsonl"], ["a.jsonl:0.5", "b.jsonl", "every dataset a weight"]),
+        (["-d", "a.jsonl:-1"], ["a.jsonl:-1", "above 0"]),
+        (["--eval_data", "x.jsonl", "x.jsonl[5]"], ["x.jsonl", "name the same data"]),
+        (["--packing", "first_fit"], ["first_fit", "concat, best_fit"]),
+        (["--skip_steps", "5"], ["--skip_steps", "START:STOP"]),
+        (["--streaming"], ["--streaming needs --max_steps or --max_tokens"]),
+        ([*STREAM, "-e", "2"], ["--num_epochs has no meaning with --streaming"]),
+        ([*STREAM, "--packing", "best_fit"], ["--packing best_fit", "leave out --streaming"]),
+        ([*STREAM, "--eval_ratio", "0.1"], ["--eval_ratio 0.1", "--eval_data"]),
+        ([*STREAM, "-d", "text.jsonl[10]"], ["text.jsonl[10]", "prepare the data first"]),
+    ],
+)
+def test_data_options_that_cannot_be_met(attempt, argv, parts):
+    assert missing_from(attempt(*argv), *parts) == []
+
+
+def test_rows_do_not_say_where_documents_end(command, words):
+    """--document_mask with ready-made rows is refused; it needs the data opened to know."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = pyarrow.table({"input_ids": [[1, 5, 6, 2] * 8] * 99})
+    pyarrow.parquet.write_table(rows, "rows.parquet")
+    ended = command("-d", "rows.parquet", "--document_mask")
+    assert (ended.code, ended.out) == (2, "")
+    assert missing_from(ended.err, "--document_mask", "ready-made rows", "best_fit") == []
+    assert command("-d", "rows.parquet", "--dry_run").code == 0
+
+
 def test_less_than_one_batch(command):
     # Only tokenising can tell how much there is, so the prepared text stays in the cache.
     ended = command("-b", "4096")
@@ -254,6 +290,12 @@ HYBRID = ["-p", "hybrid_parallel"]
         (2, [*HYBRID, "--sp", "2", "--sp_mode", "ring"], ["ring is refused", "gradient norm"]),
         (2, [*HYBRID, "-x", "fp32", "--zero_stage", "1"], ["--zero_stage 0"]),
         (2, ["-p", "zero2", "--offload_optim_frac", "0.5"], ["belongs to -p gemini"]),
+        (2, [*HYBRID, "--pp", "2", "--document_mask"], ["--document_mask", "--pp"]),
+        (
+            2,
+            [*HYBRID, "--sp", "2", "--sp_mode", "all_to_all", "--document_mask"],
+            ["--document_mask", "--sp_mode"],
+        ),
     ],
 )
 def test_batch_or_layout_that_does_not_fit(attempt, processes, argv, parts):

@@ -11,7 +11,7 @@ from llama_lib.config import parse_options
 from llama_lib.data.order import RowOrder
 from llama_lib.errors import UserError
 from llama_lib.layout import layout_of, plan_batches
-from llama_lib.run import _refuse_other_run, continued_plan, option_differences
+from llama_lib.run import _refuse_other_run, _skip_steps, continued_plan, option_differences
 
 
 def state(step: int, samples: int, tokens: int, **facts) -> TrainerState:
@@ -23,7 +23,8 @@ def planned(argv: list[str], tokens: int = 10_000, length: int = 10):
     order = RowOrder(np.array([tokens]), length, 0)
     rows = order.num_rows(options.training.num_epochs)
     plan = plan_batches(options, layout_of(options, 1), length, rows)
-    return SimpleNamespace(options=options, order=order, plan=plan)
+    data = SimpleNamespace(num_rows=order.num_rows)
+    return SimpleNamespace(options=options, data=data, plan=plan)
 
 
 def test_same_batch_keeps_the_plan():
@@ -46,6 +47,40 @@ def test_limits_count_the_whole_run():
     assert continued_plan(run, state(100, 400, 4000)).num_steps == 110
 
 
+def test_skipped_steps_shorten_the_run_by_their_rows():
+    run = planned(["-b", "4", "--skip_steps", "11:16"])  # 250 steps
+    fresh, said = state(0, 0, 0), []
+    _skip_steps(run, fresh, said.append)
+    assert run.plan.num_steps == 245
+    assert fresh.position.samples(9, 4) == [36, 37, 38, 39]  # step 10, counted from 1
+    assert fresh.position.samples(10, 4) == [60, 61, 62, 63]  # step 11 takes what 16 would have
+    assert said == ["--skip_steps 11:16: rows 40 to 59 of the data order are left out"]
+
+
+def test_skipped_steps_hold_when_the_same_command_is_resumed():
+    run = planned(["-b", "4", "--skip_steps", "11:16"])
+    first, said = state(0, 0, 0), []
+    _skip_steps(run, first, said.append)
+    later = state(
+        30, 120, 1200, next_sample=140, skips=first.skips, skipped_steps=first.skipped_steps
+    )
+    _skip_steps(run, later, said.append)
+    assert said[1:] == ["--skip_steps 11:16: left out already"]
+    assert continued_plan(run, later).num_steps == 245
+
+
+def test_steps_that_are_done_cannot_be_skipped():
+    run = planned(["-b", "4", "--skip_steps", "11:16"])
+    with pytest.raises(UserError, match=r"step 11 is done already.*after step 11;.*--load PATH"):
+        _skip_steps(run, state(11, 44, 440), print)
+
+
+def test_the_length_of_a_stream_is_that_of_the_limits():
+    run = planned(["-b", "4", "--max_tokens", "4000", "--streaming"])
+    run.data.num_rows = None
+    assert continued_plan(run, state(10, 40, 400)).num_steps == 100
+
+
 def test_differences_are_one_line_each():
     before = parse_options("pretrain", ["--lr", "1e-3", "-p", "zero2"]).to_dict()
     now = parse_options("pretrain", ["--lr", "2e-3", "--load", "auto"]).to_dict()
@@ -61,19 +96,27 @@ def test_another_model_or_data_is_refused_with_all_reasons(tmp_path):
         5,
         5,
         model={"hidden_size": 64, "vocab_size": 10},
-        data={"tokenizer": "a", "manifest": "m", "max_length": 32, "seed": 1},
+        data={"tokenizer": "a", "manifest": "m", "max_length": 32, "seed": 1},  # an older version's
     )
     with pytest.raises(UserError) as caught:
         _refuse_other_run(
             tmp_path,
             saved,
             {"hidden_size": 128, "vocab_size": 10},
-            {"tokenizer": "b", "manifest": "m", "max_length": 64, "seed": 1},
+            {
+                "tokenizer": "b",
+                "manifest": "m",
+                "max_length": 64,
+                "seed": 1,
+                "packing": "best_fit",
+                "streaming": False,
+            },
         )
     message = str(caught.value)
     assert "hidden_size 64, this run has 128" in message
     assert "another tokenizer" in message and "another max_length" in message
-    assert "seed" not in message
+    assert "another packing (concat, this run has best_fit)" in message
+    assert "seed" not in message and "streaming" not in message
 
 
 def test_newer_checkpoints_are_renamed_never_deleted(tmp_path):

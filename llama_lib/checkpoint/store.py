@@ -47,6 +47,7 @@ from llama_lib.checkpoint.tensors import (
     same_values,
     write_index,
 )
+from llama_lib.data.position import Position
 from llama_lib.engine import Engine
 from llama_lib.errors import RunError
 
@@ -62,7 +63,10 @@ SPACE_MARGIN = 1.02
 class TrainerState:
     """Everything of a run that is not a tensor; stored as trainer_state.json.
 
-    `samples` is the data position: the next sample of the global order.
+    `samples` counts those trained on. The data position is `next_sample` of the global order
+    (None: equal to `samples`, as in checkpoints of older versions); `skips` are sample ranges
+    [first, stop) left out, `skipped_steps` the options that asked for it; `stream` is what a stream
+    needs besides. `consumed` counts training tokens by source.
     """
 
     step: int
@@ -77,6 +81,17 @@ class TrainerState:
     schedule: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    next_sample: int | None = None
+    skips: list[list[int]] = dataclasses.field(default_factory=list)
+    skipped_steps: list[str] = dataclasses.field(default_factory=list)
+    stream: dict[str, Any] = dataclasses.field(default_factory=dict)
+    consumed: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def position(self) -> Position:
+        """Where the next step begins in the data."""
+        sample = self.samples if self.next_sample is None else self.next_sample
+        return Position(self.step, sample, tuple((a, b) for a, b in self.skips))
 
 
 def _versions() -> dict[str, str]:

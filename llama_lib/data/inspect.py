@@ -1,16 +1,23 @@
-"""Show what a prepared dataset holds: the manifest per source, and one document as text.
+"""Show what a prepared dataset holds: manifest, documents, rows and ways of packing; or what a step
+of a run was trained on.
 
-Invariant: reads only; what is shown comes from the files that training reads.
+Invariant: what is shown comes from the files that training reads, which are never changed.
 """
 
 import argparse
 from collections.abc import Sequence
 
+from llama_lib.data.arrange import PACKINGS, arrange
+from llama_lib.data.opening import is_tokenised, open_tokens
+from llama_lib.data.order import Order
+from llama_lib.data.packing_report import packing_report, packing_table
 from llama_lib.data.prepared import PreparedDataset
-from llama_lib.data.tokenizer import load_tokenizer
+from llama_lib.data.tokenizer import DEFAULT_CACHE_DIR, load_tokenizer
 from llama_lib.errors import UserError
 
 _COLUMNS = "{:<32} {:>12} {:>16} {:>16} {:>12}"
+# These are named by file.
+_OF_FILES = ("bad_lines", "empty_texts")
 
 
 def summary(dataset: PreparedDataset) -> str:
@@ -34,6 +41,14 @@ def summary(dataset: PreparedDataset) -> str:
                     f"{name}, {file['name']}: left out {file['bad_lines']} bad lines, "
                     f"{file['empty_texts']} empty texts"
                 )
+        reasons = [
+            f"{count:,} {reason.replace('_', ' ')}"
+            for reason, count in facts.get("left_out", {}).items()
+            if count and reason not in _OF_FILES
+        ]
+        if reasons:
+            lines.append(f"{name}: left out {', '.join(reasons)}")
+    lines += _budget_lines(dataset)
     lines.append(f"manifest hash {dataset.manifest_hash}")
     return "\n".join(lines)
 
@@ -42,6 +57,15 @@ def _row(name: str, facts: dict[str, int]) -> str:
     rate = facts["bytes"] / max(facts["tokens"], 1)
     counts = [f"{facts[key]:,}" for key in ("documents", "tokens", "bytes")]
     return _COLUMNS.format(name, *counts, f"{rate:.2f}")
+
+
+def _budget_lines(dataset: PreparedDataset) -> list[str]:
+    """Rows that --num_token asked for and got."""
+    return [
+        f"rows of {length} tokens, {entry}: {rows['made']:,} of {rows['asked']:,}"
+        for entry, by_length in dataset.manifest.get("budget", {}).get("rows", {}).items()
+        for length, rows in by_length.items()
+    ]
 
 
 def document_text(dataset: PreparedDataset, document: int) -> str:
@@ -55,17 +79,97 @@ def document_text(dataset: PreparedDataset, document: int) -> str:
     return tokenizer.decode(dataset.tokens(document).tolist())
 
 
+def row_text(dataset: PreparedDataset, order: Order, sample: int) -> str:
+    """A row in the order of training: each piece with its document, decoded."""
+    if sample < 0:
+        raise UserError(f"--row {sample} does not exist: rows count from 0.")
+    pieces = order.row_documents(sample)
+    filled = sum(piece.length for piece in pieces)
+    lines = [
+        f"row {sample} (epoch {order.epoch_of(sample)}): {filled} tokens in {len(pieces)} "
+        f"piece(s), {order.max_length - filled} padding"
+    ]
+    tokenizer = load_tokenizer(str(dataset.tokenizer_path))
+    for document, start, length in pieces:
+        source, number = dataset.locate(document)
+        lines += [
+            f"\ndocument {document} (number {number} of {source}, in "
+            f"{dataset.file_of(source, number)}), tokens {start} to {start + length - 1} of "
+            f"{len(dataset.tokens(document))}:",
+            tokenizer.decode(dataset.tokens(document, start, length).tolist()),
+        ]
+    return "\n".join(lines)
+
+
+def packing_text(dataset: PreparedDataset, orders: dict[str, Order]) -> str:
+    """What each way of packing gives, and what it costs."""
+    reports = {
+        name: packing_report(order, dataset.document_lengths) for name, order in orders.items()
+    }
+    max_length = next(iter(orders.values())).max_length
+    return "\n".join(
+        [
+            f"{dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens in rows of "
+            f"{max_length}, one epoch:",
+            *packing_table(reports, dataset.num_documents),
+            "would fit: documents that are split although they are no longer than a row;",
+            "left over: tokens behind the last whole row, with which the next epoch begins;",
+            "across documents: share of the pairs of attention that --document_mask leaves out",
+        ]
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m llama_lib inspect", description="Show a prepared dataset."
+        prog="python -m llama_lib inspect",
+        description="Show a prepared dataset, or what a step of a run was trained on.",
     )
-    parser.add_argument("prepared", help="folder of a prepared dataset")
-    parser.add_argument("--document", type=int, help="number of a document to decode")
+    add = parser.add_argument
+    add(
+        "folder",
+        help="prepared dataset, one of its sources or a Megatron prefix; with --step the "
+        "--save_dir of a run",
+    )
+    add("--tokenizer", help="of a Megatron prefix, which has none beside it")
+    add("--document", type=int, help="number of a document to decode")
+    add("--packing", action="store_true", help="compare the ways of packing (with -l)")
+    add("--row", type=int, help="number of a row of the training order to decode (with -l)")
+    add("--packing_of", choices=list(PACKINGS), default="concat", help="packing of --row (concat)")
+    add("-l", "--max_length", type=int, help="tokens in a row")
+    add("--seed", type=int, default=42, help="the --seed of the run (42)")
+    add("--step", type=int, help="number of a step of a run: the documents it was trained on")
+    add("--cache_dir", default=DEFAULT_CACHE_DIR, help="where packings are kept")
     arguments = parser.parse_args(argv)
-    dataset = PreparedDataset.open(arguments.prepared)
-    print(summary(dataset))
+    if arguments.step is not None:
+        # Training imports far more than showing a dataset needs.
+        from llama_lib.step_view import show_step
+
+        show_step(arguments.folder, arguments.step)
+        return 0
+    wants_rows = arguments.packing or arguments.row is not None
+    if wants_rows and (arguments.max_length is None or arguments.max_length < 1):
+        raise UserError(
+            "--packing and --row need the number of tokens in a row: give -l N as to pretrain.py."
+        )
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed {arguments.seed}: expected 0 .. 2^32 - 1.")
+    if is_tokenised(arguments.folder):
+        dataset = open_tokens(arguments.folder, arguments.tokenizer, arguments.cache_dir)
+    else:
+        dataset = PreparedDataset.open(arguments.folder)  # says what a prepared dataset is
+
+    def order(packing: str) -> Order:
+        length, seed = arguments.max_length, arguments.seed
+        return arrange(dataset, length, seed, packing, arguments.cache_dir)
+
+    if not wants_rows or arguments.document is not None:
+        print(summary(dataset))
     if arguments.document is not None:
         text = document_text(dataset, arguments.document)
         source, number = dataset.locate(arguments.document)
         print(f"\ndocument {arguments.document} (number {number} of {source}):\n{text}")
+    if arguments.packing:
+        print(packing_text(dataset, {name: order(name) for name in PACKINGS}))
+    if arguments.row is not None:
+        print(row_text(dataset, order(arguments.packing_of), arguments.row))
     return 0

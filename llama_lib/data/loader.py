@@ -1,41 +1,165 @@
 """Batches of the global order for one data-parallel rank, built one step ahead.
 
-Invariant: step k holds samples k*G .. (k+1)*G-1 of the order, G the global batch in rows, counted
-from `first_sample`, whatever the number of ranks and accumulation steps; nothing but the step
-number decides a batch.
+Invariant: step k holds the samples that the position gives it, whatever the number of ranks and
+accumulation steps; nothing but the step number decides a batch.
 """
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from llama_lib.data.order import RowOrder
+from llama_lib.data.order import Order
+from llama_lib.data.position import Position
 from llama_lib.data.prepared import PreparedDataset
 from llama_lib.errors import UserError
 
-Rows = npt.NDArray[np.int64]
+# torch's default ignore_index; engine.IGNORED is the same, but needs torch.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample: ids and labels [max_length], the rest behind the text filled with the pad id.
+
+    `labels` are -100 where there is none: padding and, with a document mask, the first token of
+    every piece. The model shifts, so the label of the first token is never used.
+    `documents` [max_length] numbers the pieces of the row from 0, padding has a number of its own;
+    None without a document mask. `tokens` counts the training tokens of each source.
+    """
+
+    ids: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.int32] | None
+    tokens: dict[str, int]
+
+
+class RowSource(Protocol):
+    """Where rows come from: sample i is the same row for every rank and every caller."""
+
+    max_length: int
+
+    def rows(self, samples: Sequence[int], wanted: Sequence[int]) -> tuple[list[Row], int]:
+        """The rows of `wanted`, in its order, and the label tokens of all `samples` together.
+
+        `samples` are those of a whole global batch, ascending; `wanted` is a rank's part of them.
+        """
+
+    def epoch_of(self, sample: int) -> int:
+        """Epoch in which the row of a sample begins, from 0."""
+
+    def state(self, sample: int) -> dict[str, Any]:
+        """What is needed to begin with this sample at once; {} for prepared data."""
+
+    def close(self) -> None:
+        """End what the source has started."""
+
+
+class PreparedRows:
+    """Rows of a prepared dataset in a given order."""
+
+    def __init__(
+        self, dataset: PreparedDataset, order: Order, pad_id: int, document_mask: bool
+    ) -> None:
+        self.dataset = dataset
+        self.order = order
+        self.pad_id = pad_id
+        self.document_mask = document_mask
+        self.max_length = order.max_length
+        self._sources = list(dataset.readers.items())
+        counts = [len(reader) for reader in dataset.readers.values()]
+        self._firsts = np.cumsum([0, *counts], dtype=np.int64)
+
+    def rows(self, samples: Sequence[int], wanted: Sequence[int]) -> tuple[list[Row], int]:
+        num_labels = self.order.num_labels(np.array(samples, np.int64), self.document_mask)
+        pieces = self.order.pieces(np.array(wanted, np.int64))
+        sources = np.searchsorted(self._firsts, pieces.document, side="right") - 1
+        columns = (sources, pieces.document - self._firsts[sources], pieces.start, pieces.length)
+        parts = list(zip(*(column.tolist() for column in columns), strict=True))
+        ends = np.searchsorted(pieces.row, np.arange(len(wanted)), side="right").tolist()
+        ranges = zip([0, *ends], ends, strict=False)
+        return [self._row(parts[first:end]) for first, end in ranges], num_labels
+
+    def _row(self, parts: Sequence[tuple[int, int, int, int]]) -> Row:
+        """The row made of (source, document within it, start, length)."""
+        ids = np.full(self.max_length, self.pad_id, np.int64)
+        lengths = [length for *_, length in parts]
+        tokens: dict[str, int] = {}
+        filled = 0
+        for source, document, start, length in parts:
+            name, reader = self._sources[source]
+            ids[filled : filled + length] = reader.tokens(document, start, length)
+            filled += length
+            tokens[name] = tokens.get(name, 0) + length
+        return Row(*row_arrays(ids, lengths, self.document_mask), tokens)
+
+    def epoch_of(self, sample: int) -> int:
+        return self.order.epoch_of(sample)
+
+    def state(self, sample: int) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def row_arrays(
+    ids: npt.NDArray[np.int64], lengths: Sequence[int], document_mask: bool
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int32] | None]:
+    """(ids, labels, documents) of a row whose pieces have these lengths; the rest is padding."""
+    filled = sum(lengths)
+    padded = filled < len(ids)
+    labels = ids.copy() if padded or document_mask else ids
+    labels[filled:] = IGNORED
+    if not document_mask:
+        return ids, labels, None
+    sizes = [*lengths, len(ids) - filled] if padded else lengths
+    labels[np.cumsum([0, *lengths[:-1]])] = IGNORED
+    return ids, labels, np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch: ids and labels [rows, max_length], documents too with a document mask."""
+
+    ids: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.int32] | None
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """What one rank needs for a step.
+
+    `num_labels` counts the label tokens of the global batch, `tokens` the training tokens of each
+    source in this rank's rows, `samples` are those of the global batch.
+    """
+
+    micro_batches: list[Rows]
+    num_labels: int
+    tokens: dict[str, int]
+    samples: list[int]
 
 
 class BatchLoader:
-    """Rows of `max_length` ids, and the micro-batches of every step for one rank.
+    """The micro-batches of every step for one rank.
 
-    `first_sample` is the sample step 0 would begin with: 0, unless a run was resumed with another
-    global batch. `data_wait` is how many seconds the caller of `steps` waited for its latest step.
+    `data_wait` is how many seconds the caller of `steps` waited for its latest step.
     """
 
     def __init__(
         self,
-        dataset: PreparedDataset,
-        order: RowOrder,
+        source: RowSource,
         global_batch: int,
         dp_rank: int = 0,
         dp_size: int = 1,
         accumulation: int = 1,
-        first_sample: int = 0,
+        position: Position = Position(),  # noqa: B008 - frozen
     ) -> None:
         share = dp_size * accumulation
         if global_batch < 1 or global_batch % share:
@@ -44,40 +168,32 @@ class BatchLoader:
                 f"parallel ranks with {accumulation} accumulation steps: expected a "
                 f"multiple of {share} (--batch_size, --accumulation_steps, --global_batch_tokens)."
             )
-        self.dataset = dataset
-        self.order = order
+        self.source = source
         self.global_batch = global_batch
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.accumulation = accumulation
-        self.first_sample = first_sample
+        self.position = position
         self.batch_size = global_batch // share
         self.data_wait = 0.0
 
-    def samples(self, step: int) -> list[range]:
-        """Samples of each micro-batch of this rank; step counts from 0."""
-        starts = (
-            self.first_sample
-            + step * self.global_batch
-            + (part * self.dp_size + self.dp_rank) * self.batch_size
-            for part in range(self.accumulation)
-        )
-        return [range(start, start + self.batch_size) for start in starts]
+    def batch(self, step: int) -> StepRows:
+        """The rows of a step for this rank; step counts from 0."""
+        samples = self.position.samples(step, self.global_batch)
+        size = self.batch_size
+        wanted: list[int] = []
+        for part in range(self.accumulation):
+            start = (part * self.dp_size + self.dp_rank) * size
+            wanted += samples[start : start + size]
+        rows, num_labels = self.source.rows(samples, wanted)
+        tokens: dict[str, int] = {}
+        for row in rows:
+            for source, count in row.tokens.items():
+                tokens[source] = tokens.get(source, 0) + count
+        parts = [_stacked(rows[first : first + size]) for first in range(0, len(rows), size)]
+        return StepRows(parts, num_labels, tokens, samples)
 
-    def row(self, sample: int) -> Rows:
-        """Ids of one sample [max_length]."""
-        row = np.empty(self.order.max_length, np.int64)
-        filled = 0
-        for document, start, length in self.order.row_documents(sample):
-            row[filled : filled + length] = self.dataset.tokens(document, start, length)
-            filled += length
-        return row
-
-    def batch(self, step: int) -> list[Rows]:
-        """The micro-batches of a step for this rank, each [batch_size, max_length]."""
-        return [np.stack([self.row(sample) for sample in part]) for part in self.samples(step)]
-
-    def steps(self, start: int, stop: int) -> Iterator[list[Rows]]:
+    def steps(self, start: int, stop: int) -> Iterator[StepRows]:
         """Batches of the steps start..stop-1; a thread builds the next while one is in use."""
         if start >= stop:
             return
@@ -91,19 +207,23 @@ class BatchLoader:
                     following = pool.submit(self.batch, step + 1)
                 yield batch
 
-    def batch_hash(self, step: int) -> str:
-        """sha256 of the sample numbers and ids of the whole global batch: equal on every rank."""
-        first = self.first_sample + step * self.global_batch
-        digest = hashlib.sha256()
-        for sample in range(first, first + self.global_batch):
-            digest.update(sample.to_bytes(8, "little"))
-            digest.update(self.row(sample).astype("<i8").tobytes())
-        return digest.hexdigest()
+    def close(self) -> None:
+        """End what the source of the rows has started."""
+        self.source.close()
 
 
-def rows_hash(micro_batches: list[Rows]) -> str:
+def _stacked(rows: Sequence[Row]) -> Rows:
+    ids = np.stack([row.ids for row in rows])
+    # Without padding and mask labels are the ids themselves: one array does for both.
+    same = all(row.labels is row.ids for row in rows)
+    labels = ids if same else np.stack([row.labels for row in rows])
+    documents = [row.documents for row in rows if row.documents is not None]
+    return Rows(ids, labels, np.stack(documents) if documents else None)
+
+
+def rows_hash(step: StepRows) -> str:
     """sha256 of the ids of one rank's step: ranks of one model replica compare it."""
     digest = hashlib.sha256()
-    for rows in micro_batches:
-        digest.update(rows.astype("<i8").tobytes())
+    for rows in step.micro_batches:
+        digest.update(rows.ids.astype("<i8").tobytes())
     return digest.hexdigest()

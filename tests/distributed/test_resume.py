@@ -11,8 +11,9 @@ import pytest
 
 from llama_lib.checkpoint.manifest import step_directories, step_directory
 from llama_lib.control import SAVE_AND_EXIT
-from llama_lib.data.loader import BatchLoader, rows_hash
+from llama_lib.data.loader import BatchLoader, PreparedRows, rows_hash
 from llama_lib.data.order import RowOrder
+from llama_lib.data.position import Position
 from llama_lib.data.prepared import PreparedDataset
 from tests.distributed.launching import Outcome, records, run, start
 
@@ -148,12 +149,13 @@ def test_another_global_batch_goes_on_with_the_next_sample(
     assert folder.state(7)["samples"] == 4 * 8 + 3 * 6
 
     prepared = PreparedDataset.open(dataset)
-    loader = BatchLoader(prepared, RowOrder(prepared.document_lengths, 32, 42), 1)
+    order = RowOrder(prepared.document_lengths, 32, 42)
+    rows = PreparedRows(prepared, order, pad_id=0, document_mask=False)
     samples = [range(8 * step, 8 * step + 8) for step in range(4)]
     samples += [range(32 + 6 * step, 38 + 6 * step) for step in range(3)]
     for step, part in enumerate(samples, 1):
-        rows = [loader.row(sample) for sample in part]
-        assert folder.batches()["rank-00000.log", step] == {rows_hash(rows)}, f"step {step}"
+        batch = BatchLoader(rows, len(part), position=Position(0, part[0])).batch(0)
+        assert folder.batches()["rank-00000.log", step] == {rows_hash(batch)}, f"step {step}"
 
 
 def test_ten_nonfinite_steps_end_the_run(flags: list[str], tmp_path: Path) -> None:

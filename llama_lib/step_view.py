@@ -1,0 +1,58 @@
+"""`inspect RUN --step K`: the documents that went into one step of a run.
+
+Invariant: what is shown is recomputed from the ledger and the data; data that changed since the run
+are refused, not guessed at.
+"""
+
+from pathlib import Path
+
+from llama_lib import ledger
+from llama_lib.config import Options, parse_options
+from llama_lib.data.training_data import Passage
+from llama_lib.errors import UserError
+from llama_lib.models import model_config
+from llama_lib.preflight import local_model
+from llama_lib.run_data import open_data
+
+
+def passages_of_step(save_dir: str, step: int) -> list[tuple[int, list[Passage]]]:
+    """(sample, its passages in order) for every row of a step, counted from 1.
+
+    Raises:
+        UserError: no such run or step, or the data of the run are no longer what they were.
+    """
+    entry = ledger.read_step(save_dir, step)
+    options = _options(save_dir)
+    if options.data.streaming and not entry.stream:
+        raise UserError(f"--step {step}: the run in {save_dir} did not come so far.")
+    source = options.model.model_path
+    folder = None if source is None else local_model(source, options.data.cache_dir)
+    config = model_config(options.model.config if folder is None else str(folder))
+    data, _ = open_data(options, config, folder)
+    if data.identity != entry.part.identity:
+        raise UserError(
+            f"the data of the run in {save_dir} have changed: their hash was "
+            f"{entry.part.identity[:16]}, it is {data.identity[:16]} now. Without the same files "
+            "and tokenizer the documents of a step cannot be named."
+        )
+    return list(zip(entry.samples, data.passages(entry.samples, entry.stream), strict=True))
+
+
+def _options(save_dir: str) -> Options:
+    path = Path(save_dir) / "specs.yaml"
+    if not path.is_file():
+        raise UserError(f"{save_dir} holds no specs.yaml: expected the --save_dir of a run.")
+    return parse_options("pretrain", ["--spec_file", str(path)])
+
+
+def show_step(save_dir: str, step: int) -> None:
+    """Print the rows of a step, one line for every passage."""
+    rows = passages_of_step(save_dir, step)
+    print(f"step {step} of {save_dir}: {len(rows)} rows")
+    for sample, passages in rows:
+        print(f"row {sample}")
+        for part in passages:
+            print(
+                f"  {part.source}  {part.file}  document {part.number}  "
+                f"tokens {part.start} to {part.start + part.length - 1}"
+            )
