@@ -188,6 +188,8 @@ def _starting_point(run: Run, say: Any) -> tuple[TrainerState, Path | None]:
         _skip_steps(run, fresh, say)
         return fresh, None
     state = store.read_state(checkpoint)
+    if changes := run.data.changes(state.stream):
+        raise UserError(changes)
     _refuse_other_run(checkpoint, state, model, data)
     for line in option_differences(state.options, options.to_dict()):
         say(line)

@@ -200,6 +200,7 @@ def _streamed(options: Options, config: Any, model_folder: Path | None) -> tuple
         tokenizer_hash=stream.tokenizer_hash,
         open_rows=stream.rows,
         passages=stream.passages,
+        changes=stream.problems_of,
         held_out=held_out,
         lines=stream.describe(),
     ), tokenizer

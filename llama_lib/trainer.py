@@ -371,7 +371,7 @@ class Trainer:
         if request.leave:
             self.say(f"stopped after step {self.state.step} as asked")
         self.say("trained on:")
-        for line in consumption(self.state.consumed, self.available):
+        for line in consumption(self.state.consumed, self.available) + self.loader.source.report():
             self.say(line)
         self.say("next:")
         self.say("  resume      the same command with --load auto")

@@ -56,6 +56,9 @@ class RowSource(Protocol):
     def state(self, sample: int) -> dict[str, Any]:
         """What is needed to begin with this sample at once; {} for prepared data."""
 
+    def report(self) -> list[str]:
+        """Lines for the end of a run: what was left out on the way."""
+
     def close(self) -> None:
         """End what the source has started."""
 
@@ -103,6 +106,9 @@ class PreparedRows:
 
     def state(self, sample: int) -> dict[str, Any]:
         return {}
+
+    def report(self) -> list[str]:
+        return []
 
     def close(self) -> None:
         pass

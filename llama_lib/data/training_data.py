@@ -31,6 +31,8 @@ class TrainingData:
     """Rows to train on and what belongs to them.
 
     Attributes:
+        changes: what keeps a checkpoint with such a state from being continued with these data,
+            where more can be said than that the identity differs.
         num_rows: whole rows in so many epochs; None for a stream, whose length nobody knows.
         open_rows: the rows, from the state a checkpoint kept ({} at the beginning).
         passages: for every sample of a step the documents it is made of; the second argument is
@@ -44,6 +46,7 @@ class TrainingData:
     tokenizer_hash: str
     open_rows: Callable[[dict[str, Any]], RowSource]
     passages: Callable[[Sequence[int], dict[str, Any]], list[list[Passage]]]
+    changes: Callable[[dict[str, Any]], list[str]] = lambda state: []
     num_rows: Callable[[int], int] | None = None
     repetitions: Callable[[int], dict[str, float]] | None = None
     held_out: Any = None
