@@ -112,8 +112,11 @@ class DataOptions:
     shuffle_window: int = option(
         16, "pieces of 1 MiB among which --streaming shuffles documents", integer(at_least=1)
     )
-    skip_steps: str | None = option(
-        None, "leave out the rows of these steps, as counted without this option", STEP_RANGE
+    skip_steps: list[str] | None = option(  # noqa: RUF009
+        None,
+        "leave out the rows of these steps, STOP excluded, as counted without this option",
+        STEP_RANGE,
+        many=True,
     )
 
 
@@ -153,7 +156,7 @@ class TrainingOptions:
         None, "tokens per optimizer step; sets --accumulation_steps", TOKENS
     )
     max_steps: int | None = option(None, "end after this many optimizer steps", integer(at_least=1))
-    max_tokens: int | None = option(None, "end after this many tokens", TOKENS)
+    max_tokens: int | None = option(None, "end after this many tokens, padding included", TOKENS)
     lr: float = option(3e-4, "highest learning rate", POSITIVE)
     weight_decay: float = option(
         0.1, "decoupled weight decay, not on norms and biases", NOT_NEGATIVE, short="w"

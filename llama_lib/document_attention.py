@@ -9,7 +9,7 @@ layer, and every recomputation of a layer, is handed the same one.
 """
 
 import functools
-import importlib.util
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from llama_lib.devices import on_device
 
 NAME = "llama_lib_documents"
 
@@ -42,7 +44,7 @@ class DenseMask:
 
     @classmethod
     def of(cls, documents: Tensor, device: torch.device) -> "DenseMask":
-        documents = documents.to(device, non_blocking=True)
+        documents = on_device(documents, device)
         same = documents[:, None, :, None] == documents[:, None, None, :]
         return cls(same.tril())
 
@@ -68,7 +70,7 @@ class FlexMask:
 
     @classmethod
     def of(cls, documents: Tensor, device: torch.device) -> "FlexMask":
-        return cls(block_mask(documents.to(device, non_blocking=True)))
+        return cls(block_mask(on_device(documents, device)))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         output = compiled_flex_attention()(
@@ -134,7 +136,7 @@ class VarlenMask:
     def of(cls, documents: Tensor, device: torch.device) -> "VarlenMask":
         # On the host, where `documents` comes from: counting on the device would wait for it.
         ends = document_ends(documents)
-        return cls(ends.to(device, non_blocking=True), int(ends.diff().max()))
+        return cls(on_device(ends, device), int(ends.diff().max()))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         from flash_attn import flash_attn_varlen_func
@@ -183,9 +185,19 @@ def document_kernel(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cpu":
         return "sdpa_block_mask"
     # flash-attn computes in half precision only.
-    if dtype != torch.float32 and importlib.util.find_spec("flash_attn") is not None:
+    if dtype != torch.float32 and _has_flash_attn():
         return "flash_attn_varlen"
     return "flex_attention"
+
+
+@functools.cache
+def _has_flash_attn() -> bool:
+    """Tried, not looked for: a build for another torch is there and cannot be imported."""
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError:
+        return False
+    return True
 
 
 def document_attention(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llama_lib.attention import flash_kernel, use_flash_attention
 from llama_lib.config import Options
+from llama_lib.devices import on_device
 from llama_lib.document_attention import (
     KERNELS,
     document_kernel,
@@ -183,7 +184,9 @@ class Engine:
             if layout.plugin != "hybrid_parallel":
                 use_flash_attention(model)
         if options.model.document_mask:
-            logger.info("document mask kernel: %s", document_kernel(device, self.dtype))
+            kernel = document_kernel(device, self.dtype)
+            logger.info("document mask kernel: %s", kernel)
+            self._document_mask = KERNELS[kernel]
             use_document_attention(model)
         if options.model.gradient_checkpoint:
             # Non-reentrant recomputation keeps the graph that ColossalAI's hooks need.
@@ -241,10 +244,9 @@ class Engine:
             inputs["attention_mask"] = self._causal_mask(*batch.input_ids.shape)
         if batch.documents is not None:
             assert self.options.model.document_mask, "the model was built without --document_mask"
-            mask_of = KERNELS[document_kernel(self.device, self.dtype)]
-            inputs["attention_mask"] = mask_of(batch.documents, self.device)
-            positions = document_positions(batch.documents)
-            inputs["position_ids"] = positions.to(self.device, non_blocking=True)
+            inputs["attention_mask"] = self._document_mask(batch.documents, self.device)
+            documents = on_device(batch.documents, self.device)
+            inputs["position_ids"] = document_positions(documents)
         return inputs
 
     def _causal_mask(self, rows: int, length: int) -> Tensor:

@@ -90,11 +90,12 @@ def read_step(save_dir: str | Path, step: int) -> Entry:
         raise UserError(
             f"{save_dir} holds no {FILE}: expected the --save_dir of a run of pretrain.py."
         )
-    part, stream = None, {}
-    with path.open(encoding="utf-8") as file:
+    part, stream, begins = None, {}, None
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
+                begins = begins or record["step"]
                 if record["step"] > step:
                     break
                 if "part" in record:
@@ -105,6 +106,11 @@ def read_step(save_dir: str | Path, step: int) -> Entry:
                 if not line.endswith("\n"):
                     break  # a run that was killed while writing leaves half a line
                 raise RunError(f"{path} line {number} is damaged ({error}).") from error
+    if part is None and step >= 1 and begins is not None:
+        raise UserError(
+            f"--step {step}: the ledger in {save_dir} begins with step {begins}; the steps before "
+            "it are in that of the run it was resumed from."
+        )
     if part is None:
         raise UserError(f"--step {step}: the run in {save_dir} has no such step.")
     if step > part.num_steps:

@@ -49,8 +49,12 @@ class Run:
     model_folder: Path | None
     notes: list[str] = field(default_factory=list)
 
-    def describe(self) -> list[str]:
-        """What a reader of the log needs to know about the run, formulas included."""
+    def describe(self, num_rows: int | None = None) -> list[str]:
+        """What a reader of the log needs to know about the run, formulas included.
+
+        Args:
+            num_rows: rows of the whole run, if it is not the plan's: some were done before.
+        """
         from llama_lib.flops import num_parameters
 
         options = self.options
@@ -62,7 +66,7 @@ class Run:
             self.layout.describe(),
             *(f"data {words}: {line}" for line in self.data.lines),
             *self.plan.describe(),
-            *self._describe_repetitions(),
+            *self._describe_repetitions(num_rows),
         ]
 
     def _attention(self) -> str:
@@ -77,10 +81,10 @@ class Run:
         kernel = document_kernel(device, torch.bfloat16 if half else torch.float32)
         return f"within documents ({kernel})"
 
-    def _describe_repetitions(self) -> list[str]:
+    def _describe_repetitions(self, num_rows: int | None) -> list[str]:
         if self.data.repetitions is None:
             return []
-        passes = self.data.repetitions(self.plan.num_steps * self.plan.global_batch)
+        passes = self.data.repetitions(num_rows or self.plan.num_steps * self.plan.global_batch)
         return [f"  {label}: {times:.3g} passes in this run" for label, times in passes.items()]
 
 
@@ -110,6 +114,8 @@ def preflight(options: Options) -> Run:
         raise UserError(problems + local_data_problems(options))
     data, tokenizer = open_data(options, config, model_folder)
     notes += ignored_data_settings(options, data.held_out)
+    if options.report.dry_run and (options.checkpoint.load or options.data.skip_steps):
+        notes.append("this is the plan of a fresh run: --load and --skip_steps act when it starts")
     layout = layout_of(options, world_size())
     rows = UNLIMITED_ROWS
     if data.num_rows is not None:

@@ -7,6 +7,7 @@ import logging
 import socket
 import uuid
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from llama_lib import coordination, host, ledger
 from llama_lib.checkpoint import store
 from llama_lib.checkpoint.manifest import set_aside_newer
 from llama_lib.checkpoint.store import TrainerState
-from llama_lib.config import dump_yaml
+from llama_lib.config import Options, dump_yaml
 from llama_lib.data.loader import BatchLoader
 from llama_lib.engine import Engine
 from llama_lib.errors import RunError, UserError
@@ -70,7 +71,8 @@ def _train(run: Run, device: torch.device) -> int:
         # Without --load: the file says what the run is, not where this part of it began.
         settings = replace(options, checkpoint=replace(options.checkpoint, load=None))
         dump_yaml(settings, Path(options.checkpoint.save_dir) / "specs.yaml")
-    for line in filter(None, [host.optional_packages(), *run.notes, *run.describe()]):
+    rows = state.samples + (run.plan.num_steps - state.step) * run.plan.global_batch
+    for line in filter(None, [host.optional_packages(), *run.notes, *run.describe(rows)]):
         say(line)
     engine = Engine(options, run.layout, run.config, device, run.plan.accumulation)
     if checkpoint is not None:
@@ -181,7 +183,9 @@ def _starting_point(run: Run, say: Any) -> tuple[TrainerState, Path | None]:
     if options.checkpoint.load is None:
         _skip_steps(run, fresh, say)
         return fresh, None
-    checkpoint, lines = store.find_checkpoint(options.checkpoint.load, options.checkpoint.save_dir)
+    checkpoint, lines = store.find_checkpoint(
+        options.checkpoint.load, options.checkpoint.save_dir, partial(_cannot_skip, options)
+    )
     for line in lines:
         say(line)
     if checkpoint is None:
@@ -193,8 +197,8 @@ def _starting_point(run: Run, say: Any) -> tuple[TrainerState, Path | None]:
     _refuse_other_run(checkpoint, state, model, data)
     for line in option_differences(state.options, options.to_dict()):
         say(line)
-    _skip_steps(run, state, say)
     run.plan = continued_plan(run, state)
+    _skip_steps(run, state, say)
     say(
         f"resumed {checkpoint} at step {state.step}: {state.samples:,} samples and "
         f"{state.tokens:,} tokens seen, last logged loss {state.loss}"
@@ -228,6 +232,11 @@ def _refuse_other_run(
                 f"{checkpoint} was trained with another {key} "
                 f"({saved.get(key)}, this run has {data[key]}): {remedy}."
             )
+    if data["manifest"] != saved.get("manifest") and "packing" not in state.data:
+        problems.append(
+            "the checkpoint is of an older version, since when text is prepared in another way: "
+            "give -d the folder that run had prepared, in --cache_dir under prepared/."
+        )
     if problems:
         raise UserError(problems)
 
@@ -244,26 +253,37 @@ def option_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[s
     return lines
 
 
+def _cannot_skip(options: Options, state: TrainerState) -> str | None:
+    """Why a checkpoint is too late for --skip_steps, if it is."""
+    for text in options.data.skip_steps or []:
+        start = int(text.partition(":")[0])
+        if text not in state.skipped_steps and start <= state.step:
+            return f"--skip_steps {text}: step {start} is done there already"
+    return None
+
+
 def _skip_steps(run: Run, state: TrainerState, say: Any) -> None:
     """Leave out the rows of --skip_steps: into the state, so that later resumptions keep to it."""
-    text = run.options.data.skip_steps
-    if text is None:
-        return
-    if text in state.skipped_steps:
-        say(f"--skip_steps {text}: left out already")
-        return
-    start, stop = (int(part) for part in text.split(":"))
-    if start <= state.step:
+    if problem := _cannot_skip(run.options, state):
         raise UserError(
-            f"--skip_steps {text}: step {start} is done already, this run goes on after step "
-            f"{state.step}; load a checkpoint from before it (--load PATH)."
+            f"{problem}, and this run goes on after step {state.step}; load a checkpoint from "
+            "before it (--load PATH)."
         )
-    batch, before = run.plan.global_batch, state.position
-    first, last = before.next_sample(start - 1, batch), before.next_sample(stop - 1, batch) - 1
-    state.skips = [list(pair) for pair in before.skipping(start, stop, batch).skips]
-    state.skipped_steps = [*state.skipped_steps, text]
-    run.plan = continued_plan(run, state)
-    say(f"--skip_steps {text}: rows {first:,} to {last:,} of the data order are left out")
+    for text in run.options.data.skip_steps or []:
+        if text in state.skipped_steps:
+            say(f"--skip_steps {text}: left out already")
+            continue
+        start, stop = (int(part) for part in text.split(":"))
+        if stop - 1 > run.plan.num_steps:
+            raise UserError(f"--skip_steps {text}: the run has only {run.plan.num_steps} steps.")
+        batch, place = run.plan.global_batch, state.position
+        first, last = place.next_sample(start - 1, batch), place.next_sample(stop - 1, batch) - 1
+        state.skips = [list(pair) for pair in place.skipping(start, stop, batch).skips]
+        state.skipped_steps = [*state.skipped_steps, text]
+        run.plan = continued_plan(run, state)
+        say(f"--skip_steps {text}: rows {first:,} to {last:,} of the data order are left out")
+    # What was left out before stays so when the run is started again from its specs.yaml.
+    run.options.data.skip_steps = list(state.skipped_steps) or None
 
 
 def continued_plan(run: Run, state: TrainerState) -> Any:

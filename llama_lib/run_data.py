@@ -9,41 +9,63 @@ from typing import Any
 
 from llama_lib.config import Options
 from llama_lib.data.entries import Entry, parse_entries
-from llama_lib.data.hub import is_hub_name
 from llama_lib.data.opening import is_tokenised
 from llama_lib.data.prepare import PrepareRequest, prepare
 from llama_lib.data.prepared import PreparedDataset
-from llama_lib.data.readers import file_format
-from llama_lib.data.sources import records, resolve
+from llama_lib.data.readers import TextFile
+from llama_lib.data.sources import is_on_hub, records, resolve
 from llama_lib.data.tokenise import text_hash
 from llama_lib.data.tokenizer import check_vocabulary, load_tokenizer
 from llama_lib.data.training_data import TrainingData, prepared_data
 from llama_lib.errors import UserError
 from llama_lib.models import DEFAULT_TOKENIZERS
 
+ROWS_HAVE_NO_BORDERS = (
+    "--document_mask needs to know where documents end; ready-made rows (input_ids, or prepare "
+    "--num_token) do not say it. Give the text itself, with --packing best_fit for rows of whole "
+    "documents, or leave out --document_mask."
+)
+
 
 def bend_data_defaults(options: Options) -> list[str]:
-    """Held-out text cannot be taken from a stream: an untyped --eval_ratio is 0 there."""
-    if not options.data.streaming or "eval_ratio" in options.typed or options.data.eval_data:
+    """Held-out text cannot be taken from a stream: --eval_ratio is 0 there."""
+    data = options.data
+    if not data.streaming or _is_chosen(options, "eval_ratio") or data.eval_ratio == 0:
         return []
-    options.data.eval_ratio = 0.0
+    data.eval_ratio = 0.0
+    if data.eval_data:
+        return []
     return ["--eval_ratio is 0: a stream is read once; give --eval_data for held-out text"]
+
+
+def _is_chosen(options: Options, name: str) -> bool:
+    """Whether an option was given a value of its own: a run's specs.yaml holds the defaults too."""
+    values, defaults = options.to_dict(), Options(script=options.script).to_dict()
+    return name in options.typed and any(
+        section[name] != defaults[title][name]
+        for title, section in values.items()
+        if name in section
+    )
 
 
 def data_option_problems(options: Options) -> list[str]:
     """What is wrong with the options of the data, whatever the data are."""
-    problems = problems_of_words([*options.data.dataset, *(options.data.eval_data or ())])
+    problems: list[str] = []
+    for words in (options.data.dataset, options.data.eval_data or []):
+        try:
+            entries = parse_entries(words)
+        except UserError as error:
+            problems += error.problems
+            continue
+        if words is not options.data.dataset:
+            problems += [
+                f"--eval_data {entry.text}: takes no [N] and no :weight."
+                for entry in entries
+                if entry.limit is not None or entry.weight is not None
+            ]
     if options.data.streaming:
         problems += _streaming_problems(options)
     return problems
-
-
-def problems_of_words(words: list[str]) -> list[str]:
-    try:
-        parse_entries(words)
-    except UserError as error:
-        return error.problems
-    return []
 
 
 def _streaming_problems(options: Options) -> list[str]:
@@ -54,7 +76,7 @@ def _streaming_problems(options: Options) -> list[str]:
             "--streaming needs --max_steps or --max_tokens: how long a stream is shows only at its "
             "end, and the learning rate's schedule needs the number of steps."
         )
-    if "num_epochs" in options.typed:
+    if _is_chosen(options, "num_epochs"):
         problems.append(
             "--num_epochs has no meaning with --streaming, which begins anew when it comes to the "
             "end; say how long with --max_steps or --max_tokens."
@@ -64,7 +86,7 @@ def _streaming_problems(options: Options) -> list[str]:
             f"--packing {data.packing} needs the lengths of all documents, which a stream does not "
             "know; leave out --streaming, or use --packing concat."
         )
-    if "eval_ratio" in options.typed and data.eval_ratio > 0:
+    if _is_chosen(options, "eval_ratio") and data.eval_ratio > 0 and not data.eval_data:
         problems.append(
             f"--eval_ratio {data.eval_ratio} cannot be taken from a stream; give --eval_data."
         )
@@ -91,9 +113,8 @@ def local_data_problems(options: Options) -> list[str]:
     cache_dir = Path(options.data.cache_dir).expanduser()
     problems = []
     for entry in _entries(options.data.dataset) + _entries(options.data.eval_data or []):
-        path = Path(entry.name)
-        on_the_hub = not path.exists() and is_hub_name(entry.name) and file_format(path) is None
-        if entry.name != "sample" and not is_tokenised(entry.name) and not on_the_hub:
+        local = entry.name != "sample" and not is_on_hub(entry.name)
+        if local and not is_tokenised(entry.name):
             try:
                 resolve(entry.name, cache_dir)
             except UserError as error:
@@ -146,11 +167,7 @@ def _request(options: Options, config: Any, model_folder: Path | None) -> Prepar
 def _prepared(options: Options, config: Any, model_folder: Path | None) -> tuple[TrainingData, Any]:
     dataset = prepare(_request(options, config, model_folder))
     if options.model.document_mask and dataset.has_rows:
-        raise UserError(
-            "--document_mask needs to know where documents end; ready-made rows (input_ids, or "
-            "prepare --num_token) do not say it. Prepare the text itself, with --packing best_fit "
-            "for rows of whole documents, or leave out --document_mask."
-        )
+        raise UserError(ROWS_HAVE_NO_BORDERS)
     tokenizer = load_tokenizer(str(dataset.tokenizer_path), options.data.cache_dir)
     data = prepared_data(
         dataset,
@@ -176,6 +193,8 @@ def _streamed(options: Options, config: Any, model_folder: Path | None) -> tuple
     tokenizer = load_tokenizer(name, data.cache_dir)
     if problems := check_vocabulary(tokenizer, config.vocab_size):
         raise UserError(problems)
+    if options.model.document_mask:
+        _refuse_rows(entries, data.cache_dir)
     held_out, excluded = None, set()
     if data.eval_data:
         request = _request(options, config, model_folder)
@@ -206,6 +225,14 @@ def _streamed(options: Options, config: Any, model_folder: Path | None) -> tuple
     ), tokenizer
 
 
+def _refuse_rows(entries: list[Entry], cache_dir: str) -> None:
+    """What lies here is looked at now; files of the hub only when they are there."""
+    names = [entry.name for entry in entries if not is_on_hub(entry.name)]
+    sources = resolve(names, Path(cache_dir).expanduser()) if names else []
+    if any(TextFile(path).is_rows for source in sources for path in source.files):
+        raise UserError(ROWS_HAVE_NO_BORDERS)
+
+
 def _text_hashes(options: Options) -> set[int]:
     """Hashes of the texts of --eval_data, which a stream leaves out."""
     entries = parse_entries(options.data.eval_data or [])
@@ -228,9 +255,9 @@ def ignored_data_settings(options: Options, held_out: PreparedDataset | None) ->
         notes.append("--eval_interval is ignored: there is no held-out text (see --eval_ratio)")
     tokens = [is_tokenised(entry.name) for entry in _entries(options.data.dataset)]
     for name in ("eval_ratio", "skip_bad_lines", "workers"):
-        if all(tokens) and name in options.typed:
+        if all(tokens) and _is_chosen(options, name):
             notes.append(f"--{name} is ignored: --dataset is prepared already")
-    if options.data.eval_data and "eval_ratio" in options.typed:
+    if options.data.eval_data and _is_chosen(options, "eval_ratio") and options.data.eval_ratio:
         notes.append("--eval_ratio is ignored: --eval_data is the held-out text")
     if options.data.streaming and any(
         is_tokenised(entry.name) for entry in _entries(options.data.eval_data or [])
@@ -239,6 +266,6 @@ def ignored_data_settings(options: Options, held_out: PreparedDataset | None) ->
             "--eval_data is tokenised already: its documents cannot be recognised in the stream, "
             "so nothing is left out of it"
         )
-    if "shuffle_window" in options.typed and not options.data.streaming:
+    if _is_chosen(options, "shuffle_window") and not options.data.streaming:
         notes.append("--shuffle_window is ignored: prepared documents are all shuffled")
     return notes

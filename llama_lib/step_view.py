@@ -7,6 +7,7 @@ are refused, not guessed at.
 from pathlib import Path
 
 from llama_lib import ledger
+from llama_lib.checkpoint.manifest import step_directories
 from llama_lib.config import Options, parse_options
 from llama_lib.data.training_data import Passage
 from llama_lib.errors import UserError
@@ -48,11 +49,17 @@ def _options(save_dir: str) -> Options:
 def show_step(save_dir: str, step: int) -> None:
     """Print the rows of a step, one line for every passage."""
     rows = passages_of_step(save_dir, step)
+    streamed = _options(save_dir).data.streaming
     print(f"step {step} of {save_dir}: {len(rows)} rows")
+    saved = step_directories(save_dir)
+    if not saved or step > int(saved[0].name.removeprefix("step-")):
+        print("(no checkpoint comes so far: these are the rows the step takes when it is done)")
     for sample, passages in rows:
         print(f"row {sample}")
         for part in passages:
-            print(
-                f"  {part.source}  {part.file}  document {part.number}  "
-                f"tokens {part.start} to {part.start + part.length - 1}"
-            )
+            tokens = f"tokens {part.start} to {part.start + part.length - 1}"
+            if streamed:
+                print(f"  {part.source}: record {part.number} of {part.file}, {tokens}")
+            else:
+                # The number that `inspect PREPARED/SOURCE --document` takes.
+                print(f"  document {part.number} of {part.source}, from {part.file}, {tokens}")

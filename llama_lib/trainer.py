@@ -1,6 +1,6 @@
 """The only training loop.
 
-Invariant: after step k the run has consumed exactly the samples before `position(k)` of the global
+Invariant: after step k the run has consumed exactly the samples before its position in the global
 order, and stopping there and resuming changes no later number.
 """
 
@@ -21,6 +21,7 @@ from llama_lib.checkpoint.store import TrainerState
 from llama_lib.config import Options
 from llama_lib.control import Request, Requests
 from llama_lib.data.loader import BatchLoader, Rows, StepRows, rows_hash
+from llama_lib.devices import on_device
 from llama_lib.engine import Engine, GradientNorm, MicroBatch
 from llama_lib.errors import RunError
 from llama_lib.evaluate import HeldOut, held_out_losses, sample_text
@@ -131,18 +132,12 @@ class Trainer:
     def _micro_batch(self, rows: Rows) -> MicroBatch:
         # The engine turns the documents into what its kernel takes before it copies anything.
         documents = None if rows.documents is None else torch.from_numpy(rows.documents)
-        ids = self._on_device(rows.ids)
+        ids = on_device(torch.from_numpy(rows.ids), self.engine.device)
         # Rows without padding and masks are their own labels: one copy to the device, not two.
-        labels = ids if rows.labels is rows.ids else self._on_device(rows.labels)
+        labels = ids
+        if rows.labels is not rows.ids:
+            labels = on_device(torch.from_numpy(rows.labels), self.engine.device)
         return MicroBatch(ids, labels, documents)
-
-    def _on_device(self, array: Any) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.engine.device.type == "cuda":
-            # From pinned memory the copy runs beside the computation; from pageable memory the
-            # host would wait for it.
-            tensor = tensor.pin_memory().to(self.engine.device, non_blocking=True)
-        return tensor
 
     def _advance(self, rows: StepRows) -> None:
         self.state.step += 1
@@ -153,8 +148,10 @@ class Trainer:
         )
         for source, tokens in rows.tokens.items():
             self.consumed[source] = self.consumed.get(source, 0) + tokens
-        if self.ledger is not None and (place := self.loader.source.state(rows.samples[0])):
-            self.ledger.stream_step(self.state.step, place)
+        if self.is_main and self.ledger is not None:
+            place = self.loader.source.state(rows.samples[0])
+            if place:
+                self.ledger.stream_step(self.state.step, place)
         self.watch.step_done(self.loader.data_wait)
         self.console.advance()
 

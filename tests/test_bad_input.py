@@ -15,7 +15,7 @@ import pretrain
 from llama_lib import preflight
 from llama_lib.checkpoint.manifest import MANIFEST
 from llama_lib.cli import run_command
-from llama_lib.config import PLUGINS
+from llama_lib.config import PLUGINS, dump_yaml, parse_options
 from llama_lib.data.tokenizer import save_tokenizer, train_tokenizer
 from llama_lib.models import MODELS, model_config
 
@@ -187,6 +187,8 @@ STREAM = ["--streaming", "--max_steps", "5"]
         (["-d", "a.jsonl:0.5", "b.jsonl"], ["a.jsonl:0.5", "b.jsonl", "every dataset a weight"]),
         (["-d", "a.jsonl:-1"], ["a.jsonl:-1", "above 0"]),
         (["--eval_data", "x.jsonl", "x.jsonl[5]"], ["x.jsonl", "name the same data"]),
+        (["--eval_data", "x.jsonl[5]"], ["--eval_data x.jsonl[5]", "takes no [N]"]),
+        ([*STREAM, "--eval_data", "x.jsonl[5]"], ["--eval_data x.jsonl[5]", "takes no [N]"]),
         (["--packing", "first_fit"], ["first_fit", "concat, best_fit"]),
         (["--skip_steps", "5"], ["--skip_steps", "START:STOP"]),
         (["--streaming"], ["--streaming needs --max_steps or --max_tokens"]),
@@ -200,6 +202,28 @@ def test_data_options_that_cannot_be_met(attempt, argv, parts):
     assert missing_from(attempt(*argv), *parts) == []
 
 
+@pytest.mark.parametrize("stream", [[], STREAM])
+def test_shares_and_held_out_text_together(command, words, stream):
+    text = (words / "text.jsonl").read_text()
+    for name in ("a", "b", "held_out"):
+        Path(f"{name}.jsonl").write_text(text.replace("cats", f"cats {name}"))
+    argv = ["-d", "a.jsonl:0.7", "b.jsonl:0.3", "--eval_data", "held_out.jsonl"]
+    ended = command(*argv, *stream, "--dry_run")
+    assert ended.code == 0, ended.err
+
+
+def test_a_run_goes_on_with_its_own_specs(command):
+    """The file of a run holds every option, defaults included, which nobody typed."""
+    parsed = parse_options("pretrain", [*STREAM, "-d", "sample"])
+    dump_yaml(parsed, "specs.yaml")
+    ended = command("--spec_file", "specs.yaml", "--dry_run")
+    assert ended.code == 0, ended.err
+    dump_yaml(parse_options("pretrain", ["-d", "sample"]), "specs.yaml")
+    ended = command("--spec_file", "specs.yaml", "--dry_run")
+    assert ended.code == 0, ended.err
+    assert "is ignored" not in ended.out
+
+
 def test_rows_do_not_say_where_documents_end(command, words):
     """--document_mask with ready-made rows is refused; it needs the data opened to know."""
     import pyarrow
@@ -211,6 +235,9 @@ def test_rows_do_not_say_where_documents_end(command, words):
     assert (ended.code, ended.out) == (2, "")
     assert missing_from(ended.err, "--document_mask", "ready-made rows", "best_fit") == []
     assert command("-d", "rows.parquet", "--dry_run").code == 0
+    ended = command("-d", "rows.parquet", "--document_mask", *STREAM)
+    assert (ended.code, ended.out) == (2, "")
+    assert "ready-made rows" in ended.err
 
 
 def test_less_than_one_batch(command):

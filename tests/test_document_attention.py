@@ -147,16 +147,18 @@ def test_a_kernel_attends_within_documents(kernel, dtype, every_kernel):
 
 
 def test_the_kernel_follows_from_device_and_precision(monkeypatch):
-    found = {"flash_attn": None}
-    monkeypatch.setattr(document_attention.importlib.util, "find_spec", found.get)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it is an ImportError
+    document_attention._has_flash_attn.cache_clear()
     gpu = torch.device("cuda", 0)
     assert document_kernel(CPU, torch.bfloat16) == "sdpa_block_mask"
     assert document_kernel(gpu, torch.bfloat16) == "flex_attention"
-    found["flash_attn"] = object()
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+    document_attention._has_flash_attn.cache_clear()
     assert document_kernel(gpu, torch.bfloat16) == "flash_attn_varlen"
     assert document_kernel(gpu, torch.float16) == "flash_attn_varlen"
     assert document_kernel(gpu, torch.float32) == "flex_attention"
     assert document_kernel(CPU, torch.bfloat16) == "sdpa_block_mask"
+    document_attention._has_flash_attn.cache_clear()
 
 
 def test_other_documents_are_not_compiled_again():

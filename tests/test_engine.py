@@ -109,7 +109,6 @@ def test_documents_reach_the_model_as_a_mask_and_positions(process_group, caplog
 
 
 def test_a_mask_is_built_once_per_micro_batch(process_group, monkeypatch):
-    masked = engine_of("--document_mask -g")
     kernel, built = engine.KERNELS["sdpa_block_mask"], []
 
     def counted(documents, device):
@@ -117,6 +116,7 @@ def test_a_mask_is_built_once_per_micro_batch(process_group, monkeypatch):
         return kernel(documents, device)
 
     monkeypatch.setitem(engine.KERNELS, "sdpa_block_mask", counted)
+    masked = engine_of("--document_mask -g")
     batches = [micro_batch(DOCUMENTS), micro_batch(DOCUMENTS.flip(0))]
     masked.forward_backward(batches, 20)
     assert len(built) == 2

@@ -11,7 +11,13 @@ from llama_lib.config import parse_options
 from llama_lib.data.order import RowOrder
 from llama_lib.errors import UserError
 from llama_lib.layout import layout_of, plan_batches
-from llama_lib.run import _refuse_other_run, _skip_steps, continued_plan, option_differences
+from llama_lib.run import (
+    _cannot_skip,
+    _refuse_other_run,
+    _skip_steps,
+    continued_plan,
+    option_differences,
+)
 
 
 def state(step: int, samples: int, tokens: int, **facts) -> TrainerState:
@@ -71,8 +77,40 @@ def test_skipped_steps_hold_when_the_same_command_is_resumed():
 
 def test_steps_that_are_done_cannot_be_skipped():
     run = planned(["-b", "4", "--skip_steps", "11:16"])
-    with pytest.raises(UserError, match=r"step 11 is done already.*after step 11;.*--load PATH"):
+    with pytest.raises(UserError, match=r"step 11 is done there.*after step 11;.*--load PATH"):
         _skip_steps(run, state(11, 44, 440), print)
+
+
+def test_more_steps_than_the_run_has_cannot_be_skipped():
+    run = planned(["-b", "4", "--skip_steps", "11:252"])
+    with pytest.raises(UserError, match="the run has only 250 steps"):
+        _skip_steps(run, state(0, 0, 0), print)
+
+
+def test_what_was_left_out_before_stays_in_the_options():
+    """Going back to a checkpoint before two gaps, with the file of the run alone."""
+    run = planned(["-b", "4", "--skip_steps", "11:16"])
+    before = state(0, 0, 0)
+    _skip_steps(run, before, print)
+    run = planned(["-b", "4", "--skip_steps", "30:32"])
+    later = state(20, 80, 800, skips=before.skips, skipped_steps=before.skipped_steps)
+    later.next_sample = 100
+    _skip_steps(run, later, print)
+    assert run.options.data.skip_steps == ["11:16", "30:32"]
+    again = planned(["-b", "4", "--skip_steps", "11:16", "30:32"])
+    fresh = state(0, 0, 0)
+    _skip_steps(again, fresh, print)
+    assert fresh.skips == later.skips
+    assert again.plan.num_steps == 250 - 5 - 2
+
+
+def test_auto_goes_back_before_the_steps_to_skip():
+    options = parse_options("pretrain", ["--skip_steps", "11:16"])
+    assert _cannot_skip(options, state(10, 40, 400)) is None
+    assert _cannot_skip(options, state(11, 44, 440)) == (
+        "--skip_steps 11:16: step 11 is done there already"
+    )
+    assert _cannot_skip(options, state(11, 44, 440, skipped_steps=["11:16"])) is None
 
 
 def test_the_length_of_a_stream_is_that_of_the_limits():

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from llama_lib.checkpoint.tensors import (
 )
 from llama_lib.data.position import Position
 from llama_lib.engine import Engine
-from llama_lib.errors import RunError
+from llama_lib.errors import RunError, UserError
 
 logger = logging.getLogger("llama_lib")
 
@@ -273,10 +274,18 @@ def verify_distributed(directory: Path) -> list[str]:
     return sorted({problem for part in coordination.gather(problems) for problem in part})
 
 
-def find_checkpoint(load: str, save_dir: str) -> tuple[Path | None, list[str]]:
+def find_checkpoint(
+    load: str,
+    save_dir: str,
+    unfit: Callable[[TrainerState], str | None] = lambda state: None,
+) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from and the lines that say what was passed over.
 
+    Args:
+        unfit: why `auto` has to look for an older one than that of a state, if it has to.
+
     Raises:
+        UserError: every good checkpoint that `auto` found is unfit.
         RunError: the named checkpoint, or every one that `auto` found, is damaged.
     """
     if load != "auto":
@@ -284,12 +293,18 @@ def find_checkpoint(load: str, save_dir: str) -> tuple[Path | None, list[str]]:
         if problems:
             raise RunError(f"--load {load} is damaged: {'; '.join(problems[:5])}")
         return Path(load), []
-    passed_over = []
+    passed_over, reason = [], None
     for directory in coordination.from_rank_0(step_directories(save_dir)):
         problems = verify_distributed(directory)
         if not problems:
-            return directory, passed_over
+            reason = unfit(read_state(directory))
+            if reason is None:
+                return directory, passed_over
+            passed_over.append(f"{directory.name} is passed over: {reason}")
+            continue
         passed_over.append(f"{directory.name} is damaged, passed over: {'; '.join(problems[:3])}")
+    if reason is not None:
+        raise UserError(f"--load auto: no checkpoint in {save_dir} is old enough: {reason}.")
     if passed_over:
         raise RunError(f"--load auto: no good checkpoint in {save_dir}: " + " | ".join(passed_over))
     return None, [f"--load auto: no checkpoint in {save_dir}, starting afresh"]

@@ -55,7 +55,10 @@ def arrange(
         begins = np.cumsum(counts) - counts
         offsets = np.array([firsts[name] for name in names], np.int64) - begins
         part = _order_of(dataset, names, max_length, seed, packing, cache_dir)
-        components.append(Component(label, weight, part, begins, offsets))
+        # Weights are shares of tokens, and rows are what is shared out: fuller ones count for more.
+        rows = part.num_rows(1) if packing == "best_fit" else 0
+        fill = part.num_tokens / (rows * max_length) if rows else 1.0
+        components.append(Component(label, weight / fill, part, begins, offsets))
     return Blend(components, max_length, seed)
 
 

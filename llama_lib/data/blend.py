@@ -109,20 +109,20 @@ class Blend(Order):
     """Rows of several components by weight; row k of a component is row k of its own order.
 
     So each component goes through its own epochs, and a small one is repeated. An epoch of the
-    blend has as many rows as all the tokens together fill.
+    blend has as many rows as the components have together.
     """
 
     def __init__(self, components: Sequence[Component], max_length: int, seed: int) -> None:
         self.max_length = max_length
         self.components = components
-        self.num_tokens = sum(part.order.num_tokens for part in components)
+        self._rows = max(1, sum(part.order.num_rows(1) for part in components))
         self._apportionment = Apportionment([part.weight for part in components], seed)
 
     def num_rows(self, num_epochs: int) -> int:
-        return num_epochs * self.num_tokens // self.max_length
+        return num_epochs * self._rows
 
     def epoch_of(self, sample: int) -> int:
-        return sample * self.max_length // self.num_tokens
+        return sample // self._rows
 
     def repetitions(self, num_samples: int) -> dict[str, float]:
         """How many times so many samples go through each component."""

@@ -119,6 +119,10 @@ def packing_text(dataset: PreparedDataset, orders: dict[str, Order]) -> str:
     )
 
 
+def given(arguments: argparse.Namespace, name: str) -> bool:
+    return getattr(arguments, name) not in (None, False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m llama_lib inspect",
@@ -140,6 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--step", type=int, help="number of a step of a run: the documents it was trained on")
     add("--cache_dir", default=DEFAULT_CACHE_DIR, help="where packings are kept")
     arguments = parser.parse_args(argv)
+    of_data = [f"--{name}" for name in ("document", "packing", "row") if given(arguments, name)]
+    if arguments.step is not None and of_data:
+        raise UserError(f"--step shows a run, {', '.join(of_data)} a dataset: ask one at a time.")
     if arguments.step is not None:
         # Training imports far more than showing a dataset needs.
         from llama_lib.step_view import show_step

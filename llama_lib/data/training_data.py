@@ -16,7 +16,8 @@ from llama_lib.data.loader import RowSource
 class Passage(NamedTuple):
     """Part of a row: `length` tokens from token `start` of a document.
 
-    `number` counts the documents of `source` (of `file` in a stream), from 0.
+    `number` counts from 0: the documents of `source` in prepared data, those left out not counted;
+    the readable records of `file` in a stream.
     """
 
     source: str
