@@ -13,6 +13,7 @@ from typing import NoReturn
 from llama_lib.errors import LlamaLibError, UserError
 
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 # On a busy host the processes of one start were seen to come to their first check seconds apart.
 FIRST_SPEAKS_SECONDS = 15.0
@@ -28,6 +29,10 @@ def run_command(function: Callable[[list[str]], int | None], argv: Sequence[str]
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `head` does; what is left would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:

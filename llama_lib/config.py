@@ -110,7 +110,7 @@ class DataOptions:
         False, "tokenise while training, without preparing the data first", SWITCH
     )
     shuffle_window: int = option(
-        16, "pieces of 1 MiB among which --streaming shuffles documents", integer(at_least=1)
+        16, "chunks of 1 MiB among which --streaming shuffles documents", integer(at_least=1)
     )
     skip_steps: list[str] | None = option(  # noqa: RUF009
         None,

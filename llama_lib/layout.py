@@ -268,13 +268,19 @@ class BatchPlan:
     def tokens_per_step(self) -> int:
         return self.global_batch * self.max_length
 
-    def describe(self) -> list[str]:
-        """The lines shown before the first step, formulas included."""
+    def describe(self, num_rows: int | None = None) -> list[str]:
+        """The lines shown before the first step, formulas included.
+
+        Args:
+            num_rows: rows of the whole run, if some were done in batches of another size.
+        """
+        if num_rows is None:
+            num_rows = self.num_steps * self.global_batch
         lines = [
             f"global batch = batch_size {self.batch_size} x dp {self.dp} x accumulation "
             f"{self.accumulation} = {self.global_batch} rows x {self.max_length} = "
             f"{self.tokens_per_step:,} tokens per step",
-            f"{self.num_steps:,} steps = {self.num_steps * self.tokens_per_step:,} tokens",
+            f"{self.num_steps:,} steps = {num_rows * self.max_length:,} tokens",
         ]
         if self.dropped_rows:
             lines.append(f"{self.dropped_rows} row(s) at the end do not fill a batch: dropped")

@@ -15,6 +15,7 @@ from llama_lib.checkpoint.manifest import check_load_argument, refuse_occupied
 from llama_lib.checkpoint.tensors import open_weights
 from llama_lib.config import Options
 from llama_lib.data.once import once
+from llama_lib.data.tokenizer import vocabulary_size
 from llama_lib.data.training_data import TrainingData
 from llama_lib.errors import UserError
 from llama_lib.launch import has_accelerator, network_problems, world_size
@@ -64,8 +65,11 @@ class Run:
             f"model {model}: {num_parameters(self.config):,} parameters, "
             f"{options.training.mixed_precision}, attention {self._attention()}",
             self.layout.describe(),
-            *(f"data {words}: {line}" for line in self.data.lines),
-            *self.plan.describe(),
+            f"tokenizer: {vocabulary_size(self.tokenizer):,} ids, hash "
+            f"{self.data.tokenizer_hash[:16]}",
+            f"data {words}: {self.data.lines[0]}",
+            *(f"  {line}" for line in self.data.lines[1:]),
+            *self.plan.describe(num_rows),
             *self._describe_repetitions(num_rows),
         ]
 

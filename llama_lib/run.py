@@ -201,7 +201,8 @@ def _starting_point(run: Run, say: Any) -> tuple[TrainerState, Path | None]:
     _skip_steps(run, state, say)
     say(
         f"resumed {checkpoint} at step {state.step}: {state.samples:,} samples and "
-        f"{state.tokens:,} tokens seen, last logged loss {state.loss}"
+        f"{state.tokens:,} tokens seen"
+        + ("" if state.loss is None else f", last logged loss {state.loss:.4f}")
     )
     return state, checkpoint
 
@@ -218,7 +219,7 @@ def _refuse_other_run(
             )
     remedies = {
         "tokenizer": "give the tokenizer the run started with",
-        "manifest": "give the -d, --eval_data and --eval_ratio the run started with",
+        "data": "give the -d, its shares, --eval_data and --eval_ratio the run started with",
         "max_length": "rows and data position would change; give the same --max_length",
         "packing": "rows and data position would change; give the same --packing",
         "streaming": "the order of the data would change; give --streaming as before",
@@ -226,13 +227,16 @@ def _refuse_other_run(
     }
     # Checkpoints of older versions know no other way than these.
     saved = {"packing": "concat", "streaming": False} | state.data
+    saved["data"] = saved.pop("manifest", None)
+    data = {"data": data["manifest"], **data}
     for key, remedy in remedies.items():
         if data[key] != saved.get(key):
+            what = "other data" if key == "data" else f"another {key}"
+            before, now = (str(value)[:16] for value in (saved.get(key), data[key]))
             problems.append(
-                f"{checkpoint} was trained with another {key} "
-                f"({saved.get(key)}, this run has {data[key]}): {remedy}."
+                f"{checkpoint} was trained with {what} ({before}, this run has {now}): {remedy}."
             )
-    if data["manifest"] != saved.get("manifest") and "packing" not in state.data:
+    if data["data"] != saved.get("data") and "packing" not in state.data:
         problems.append(
             "the checkpoint is of an older version, since when text is prepared in another way: "
             "give -d the folder that run had prepared, in --cache_dir under prepared/."
@@ -244,7 +248,7 @@ def _refuse_other_run(
 def option_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """One line for every option that differs from the saved run; the command line wins."""
     lines = []
-    silent = {"load", "dry_run"}
+    silent = {"load", "dry_run", "skip_steps"}
     for section, values in current.items():
         before = saved.get(section, {})
         for name, value in values.items():
@@ -269,9 +273,10 @@ def _skip_steps(run: Run, state: TrainerState, say: Any) -> None:
             f"{problem}, and this run goes on after step {state.step}; load a checkpoint from "
             "before it (--load PATH)."
         )
+    for text in state.skipped_steps:
+        say(f"--skip_steps {text}: left out already, and stays so")
     for text in run.options.data.skip_steps or []:
         if text in state.skipped_steps:
-            say(f"--skip_steps {text}: left out already")
             continue
         start, stop = (int(part) for part in text.split(":"))
         if stop - 1 > run.plan.num_steps:

@@ -370,6 +370,8 @@ class Trainer:
         self.say("trained on:")
         for line in consumption(self.state.consumed, self.available) + self.loader.source.report():
             self.say(line)
+        if self.state.skipped_steps:
+            self.say(f"  left out by --skip_steps: {', '.join(self.state.skipped_steps)}")
         self.say("next:")
         self.say("  resume      the same command with --load auto")
         self.say(f"  curves      tensorboard --logdir {self.options.report.tensorboard_dir}")

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -113,3 +114,19 @@ def test_script_ends_with_its_code_and_all_its_output_and_no_shutdown(code):
         [sys.executable, "-c", program, "word"], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (code, "last line word\n")
+
+
+def test_output_that_nobody_reads_any_more_is_no_failure(tmp_path):
+    """`inspect ... | head -1` ends without a traceback."""
+    program = (
+        "from llama_lib.cli import run\n"
+        "run(lambda argv: [print('line', flush=True) for _ in range(100_000)] and 0)"
+    )
+    command = f'"{sys.executable}" -c "$PROGRAM" | head -1'
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env={**os.environ, "PROGRAM": program, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("line\n", "")

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from llama_lib.config import Options, parse_options
 from llama_lib.errors import UserError
-from llama_lib.layout import SEQUENCE_MODES, layout_of, layout_problems, plan_batches
+from llama_lib.layout import SEQUENCE_MODES, BatchPlan, layout_of, layout_problems, plan_batches
 from tests.distributed.cases import MODEL as SMALL_MODEL
 
 MODEL = SimpleNamespace(
@@ -195,3 +195,9 @@ def test_colossalai_itself_has_no_fp32_under_hybrid_zero(tmp_path):
             plugin.configure(model, optimizer)
     finally:
         dist.destroy_process_group()
+
+
+def test_tokens_of_a_run_resumed_with_another_batch_are_those_of_both():
+    plan = BatchPlan(6, 1, 1, 128, num_steps=26, dropped_rows=0, warmup_steps=2)
+    assert "26 steps = 19,968 tokens" in plan.describe()
+    assert "26 steps = 9,728 tokens" in plan.describe(20 * 2 + 6 * 6)

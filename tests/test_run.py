@@ -71,7 +71,7 @@ def test_skipped_steps_hold_when_the_same_command_is_resumed():
         30, 120, 1200, next_sample=140, skips=first.skips, skipped_steps=first.skipped_steps
     )
     _skip_steps(run, later, said.append)
-    assert said[1:] == ["--skip_steps 11:16: left out already"]
+    assert said[1:] == ["--skip_steps 11:16: left out already, and stays so"]
     assert continued_plan(run, later).num_steps == 245
 
 

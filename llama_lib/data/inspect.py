@@ -54,9 +54,11 @@ def summary(dataset: PreparedDataset) -> str:
 
 
 def _row(name: str, facts: dict[str, int]) -> str:
-    rate = facts["bytes"] / max(facts["tokens"], 1)
     counts = [f"{facts[key]:,}" for key in ("documents", "tokens", "bytes")]
-    return _COLUMNS.format(name, *counts, f"{rate:.2f}")
+    if not facts["bytes"]:
+        # Ready-made rows and Megatron's files: the text they were made of is not there.
+        return _COLUMNS.format(name, *counts[:2], "-", "-")
+    return _COLUMNS.format(name, *counts, f"{facts['bytes'] / max(facts['tokens'], 1):.2f}")
 
 
 def _budget_lines(dataset: PreparedDataset) -> list[str]:

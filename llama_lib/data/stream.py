@@ -321,7 +321,12 @@ class StreamedRows:
 
     def report(self) -> list[str]:
         """What was left out since this process began to read."""
-        lines = [f"{path}: {count} bad lines left out" for path, count in self.bad_lines.items()]
+        lines = [
+            f"  {', '.join(walker.corpus.sources)}: came to epoch {walker.last_epoch + 1}"
+            for walker in self._walkers
+            if walker.last_epoch
+        ]
+        lines += [f"{path}: {count} bad lines left out" for path, count in self.bad_lines.items()]
         if self.num_excluded:
             lines.append(f"{self.num_excluded} documents left out because they are held out")
         return lines

@@ -94,6 +94,11 @@ class Walker:
         return self._start_of(sample).place.epoch
 
     @property
+    def last_epoch(self) -> int:
+        """Epoch of the rows it came to, from 0."""
+        return self._starts[-1].place.epoch
+
+    @property
     def bad_lines(self) -> dict[int, int]:
         """Bad records of each file that has some, as far as it was read."""
         counts: dict[int, int] = {}
