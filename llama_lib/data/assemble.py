@@ -115,7 +115,11 @@ class _Side(_Nothing):
             self._write(ids, lengths)
         elif chosen.any():
             self._write(ids[np.repeat(chosen, lengths)], lengths[chosen])
-        self._bytes += int(about["bytes"][chosen].sum(dtype=np.int64))
+        self._bytes += self._bytes_of(about["bytes"][chosen])
+
+    def _bytes_of(self, sizes: npt.NDArray[np.integer]) -> int:
+        """Bytes of the text that is written, of documents of these sizes."""
+        return int(sizes.sum(dtype=np.int64))
 
     def _write(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
         self._writer.write(ids, lengths)
@@ -157,6 +161,10 @@ class _Rows(_Side):
 
     def _write(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
         self._writer.write(*self._cutter.cut_flat(ids))
+
+    def _bytes_of(self, sizes: npt.NDArray[np.integer]) -> int:
+        # As for ready-made rows: a row begins and ends inside of documents.
+        return 0
 
 
 def _chunks(

@@ -3,11 +3,21 @@
 Invariant: every message says what was found and what is expected.
 """
 
+import errno
 from pathlib import Path
 
-from llama_lib.errors import UserError
+from llama_lib.errors import RunError, UserError
 
 EXAMPLE_LINE = '{"text": "One document of plain text.", "meta": {"anything": "is ignored"}}'
+
+
+# What the name of the file, or its permissions, can cause; any other number is the machine's fault.
+_MISTAKES = frozenset(
+    [
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+        *(errno.EACCES, errno.EPERM),
+    ]
+)
 
 
 class BadRecord(Exception):
@@ -23,6 +33,18 @@ class NoTextColumn(BadRecord):
 def no_text_column(path: Path, columns: list[str]) -> UserError:
     return UserError(
         f"{path} has no `text` column; found {_listed(columns)}. Expected lines like {EXAMPLE_LINE}"
+    )
+
+
+def unreadable(path: Path, error: Exception) -> UserError | RunError:
+    """The error of a file that is missing, locked or damaged, or whose disk or server fails."""
+    # Readers of damaged data raise OSError, too, without a number.
+    number = getattr(error, "errno", None)
+    if number is None or number in _MISTAKES:
+        return UserError(f"{path} cannot be read: {error}.")
+    return RunError(
+        f"{path} cannot be read: {error}. The file itself may be whole: start the same command "
+        "again when its disk or server answers."
     )
 
 

@@ -199,6 +199,11 @@ class Budget:
                 f"--mixture {mixture}: no source belongs to any of its entries "
                 f"({', '.join(percents)}); got the sources {', '.join(text_bytes)}"
             )
+        if all(percents.get(entry or "", 0) == 0 for entry in self._entries.values()):
+            raise UserError(
+                f"--mixture {mixture} gives 0 percent to all there is "
+                f"({', '.join(text_bytes)}): nothing would be left to train on"
+            )
         self._shares: Quotas = {}
         for entry, quota in self._asked.items():
             sources = self._sources(entry)
@@ -206,6 +211,15 @@ class Budget:
             for source, share in zip(sources, _shared_out(quota, sizes), strict=True):
                 self._shares[source] = share
         self._cutters: dict[str, RowCutter] = {}
+
+    def makes_a_row(self, tokens: Mapping[str, float]) -> bool:
+        """Whether any source with so many tokens is long enough for a row that is asked of it."""
+        return any(
+            tokens[source] >= length
+            for source, entry in self._entries.items()
+            for length, rows in self._asked.get(entry or "", {}).items()
+            if rows
+        )
 
     def cutter(self, source: str) -> RowCutter | None:
         """The cutter of a source, to be asked for after those before it have been used.

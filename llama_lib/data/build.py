@@ -10,9 +10,8 @@ import errno
 import json
 import os
 import shutil
-import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ import numpy as np
 
 from llama_lib.data.assemble import Facts, assemble
 from llama_lib.data.budget import Budget
+from llama_lib.data.estimate import check_space, probes, text_bytes
 from llama_lib.data.fates import HASHES, Fates, Rules
 from llama_lib.data.indexed import token_dtype
 from llama_lib.data.mixture import entry_of, load_mixture
@@ -34,26 +34,30 @@ from llama_lib.data.prepared import (
     is_prepared,
 )
 from llama_lib.data.progress import Progress
-from llama_lib.data.readers import TextFile
 from llama_lib.data.sources import Source
 from llama_lib.data.tokenise import Proof, prove
 from llama_lib.data.tokenised import DOCUMENT, Tokenised, documents_path, tokenise
 from llama_lib.data.tokenizer import vocabulary_size
+from llama_lib.data.work_folder import remove_others, work_folder
 from llama_lib.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from llama_lib.data.prepare import PrepareRequest
 
-# Text bytes per byte of file, for the estimate of the space needed. Chosen, on the safe side.
-_EXPANSION = {".gz": 5.0, ".zst": 6.0, ".parquet": 4.0}
-_PROBE_CHARACTERS = 64 << 10
+# Percent of the time that tokenising takes; putting together reads and writes only. Chosen.
+_FIRST_STAGE = 90
+
+
+class _Refused(UserError):
+    """Options that the text does not go with; with others what is tokenised is of use."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to make: sources, options as they go into the manifest, and the key of it all.
 
-    `limits` are documents per entry of -d.
+    `limits` are documents per entry of -d. `text_key` is of all that decides the parts of the
+    first stage.
     """
 
     request: PrepareRequest
@@ -63,52 +67,58 @@ class Plan:
     limits: dict[int, int]
     tokenizer_hash: str
     key: str
+    text_key: str
 
 
 def build(plan: Plan, tokenizer: Any, folder: Path, turn: Turn) -> None:
     """Make `folder`; the work folder beside it stays if this process is killed on the way."""
     request = plan.request
-    every = [*plan.sources, *plan.eval_sources]
-    probes = [text for source in every for text in _head(source, request.skip_bad_lines)]
-    proof = prove(tokenizer, request.add_bos, probes)
-    if proof.note:
-        print(f"tokenising with tokenizers, 10 to 50 times slower: {proof.note}", file=sys.stderr)
-    budget = _budget(plan, {source.name: _text_bytes(source) for source in plan.sources})
+    sizes = text_bytes([*plan.sources, *plan.eval_sources], request.skip_bad_lines)
+    budget = _budget(plan, {source.name: sizes[source.name] for source in plan.sources})
     if budget:
-        for line in budget.expected(proof.bytes_per_token):
-            print(line, file=sys.stderr)
         # What the mixture does not ask for need not be read.
         percents = load_mixture(request.mixture or "")
         wanted = [s for s in plan.sources if percents.get(entry_of(s.name, percents) or "")]
         plan = replace(plan, sources=wanted)
-    # Of this host alone: another one may be at work on the same shared disk.
-    host = socket.gethostname()
-    work = folder.with_name(f"{folder.name}.work-{plan.key[:8]}-{host}")
-    for other in folder.parent.glob(f"{folder.name}.work-*-{host}"):
-        if other != work:
-            shutil.rmtree(other, ignore_errors=True)
-    _check_space(every, proof, work)
+    every = [*plan.sources, *plan.eval_sources]
+    proof = prove(tokenizer, request.add_bos, probes(every, request.skip_bad_lines))
+    if proof.note:
+        print(f"tokenising with tokenizers, 10 to 50 times slower: {proof.note}", file=sys.stderr)
+    if budget:
+        for line in budget.expected(proof.bytes_per_token):
+            print(line, file=sys.stderr)
+    work = work_folder(folder, plan.text_key)
+    remove_others(folder, work)
+    check_space(
+        sum(sizes[source.name] for source in every),
+        proof.bytes_per_token,
+        token_dtype(proof.recipe.vocab_size).itemsize,
+        work,
+        "--output" if request.output else "--cache_dir",
+    )
     try:
-        training, held_out = _make(plan, tokenizer, proof, work, turn)
+        training, held_out = _make(plan, proof, tokenizer, work, turn)
+    except _Refused:
+        raise
     except UserError:
         # The text has to change, and then none of this is of use.
         shutil.rmtree(work, ignore_errors=True)
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunError(
-            f"the disk of {work} is full. Free space and start again: what is tokenised is kept."
-        ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"the disk of {work} is full. Free space and"
+        else:
+            reason = f"{error}. Mend it and"
+        raise RunError(f"{reason} start again: what is tokenised is kept.") from error
     _rename(work / "result", folder)
     shutil.rmtree(work, ignore_errors=True)
     _report(folder, training, held_out, proof.recipe.engine)
 
 
 def _make(
-    plan: Plan, tokenizer: Any, proof: Proof, work: Path, turn: Turn
+    plan: Plan, proof: Proof, tokenizer: Any, work: Path, turn: Turn
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write everything into `work/result`, the manifests last; returns them."""
+    """Both stages; a refusal of the second keeps what other options can still use."""
     request = plan.request
     every = tokenise(
         [*plan.sources, *plan.eval_sources],
@@ -116,14 +126,39 @@ def _make(
         proof.recipe,
         workers=request.workers or len(os.sched_getaffinity(0)),
         skip_bad_lines=request.skip_bad_lines,
-        on_percent=lambda percent: turn.report(percent=percent),
+        on_percent=lambda percent: turn.report(percent=percent * _FIRST_STAGE // 100),
     )
+    try:
+        return _assemble(plan, proof, tokenizer, work, every, turn)
+    except UserError as error:
+        if request.output is None:
+            raise  # with other options the cache makes another folder
+        shutil.rmtree(work / "result", ignore_errors=True)
+        raise _Refused(
+            [*error.problems, f"What is tokenised is kept in {work} for other options."]
+        ) from error
+
+
+def _assemble(
+    plan: Plan,
+    proof: Proof,
+    tokenizer: Any,
+    work: Path,
+    every: Sequence[Tokenised],
+    turn: Turn,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write everything into `work/result`, the manifests last; returns them."""
+    request = plan.request
     sources, eval_sources = every[: len(plan.sources)], every[len(plan.sources) :]
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)
     (result / EVAL_FOLDER).mkdir(parents=True)
     dtype = token_dtype(proof.recipe.vocab_size)
-    progress = Progress("assembling", sum(s.total("tokens") for s in every) * dtype.itemsize)
+    progress = Progress(
+        "assembling",
+        sum(s.total("tokens") for s in every) * dtype.itemsize,
+        lambda percent: turn.report(percent=_FIRST_STAGE + percent * (100 - _FIRST_STAGE) // 100),
+    )
 
     def written(part: Any) -> None:
         progress.show(part.number, part.tokens * dtype.itemsize)
@@ -142,12 +177,15 @@ def _make(
             eval_sources, fates, work, result / EVAL_FOLDER, None, dtype, on_part=written
         )
         rules = replace(rules, excluded=_hashes(eval_sources, work))
-    elif request.eval_ratio:
-        rules = replace(rules, cut=max(1, int(request.eval_ratio * HASHES)))
+    elif ratio := plan.options["eval_ratio"]:
+        rules = replace(rules, cut=max(1, int(ratio * HASHES)))
     fates = Fates(sources, work, rules)
     if not fates.num_kept:
         raise UserError(_nothing_left(fates, sources))
-    budget = _budget(plan, {s.source.name: fates.trained_tokens(s) for s in sources})
+    trained = {s.source.name: fates.trained_tokens(s) for s in sources}
+    budget = _budget(plan, trained)
+    if budget and not budget.makes_a_row(trained):
+        raise UserError(["no row could be made.", *budget.shortfall()])
     training, held_out = assemble(
         sources,
         fates,
@@ -215,41 +253,6 @@ def _nothing_left(fates: Fates, sources: Sequence[Tokenised]) -> str:
         return "no document is left to train on: every text is empty."
     found = [f"{counts[name]} {text}" for name, text in reasons.items() if counts[name]]
     return f"no document is left to train on: {', '.join(found)}."
-
-
-def _head(source: Source, skip_bad_lines: bool) -> Iterator[str]:
-    """The first texts of a source, to prove the fast tokenizer on."""
-    characters = 0
-    reader = TextFile(source.files[0], skip_bad_lines)
-    for text in reader:
-        if reader.is_rows or characters >= _PROBE_CHARACTERS:
-            return
-        if text:
-            yield text[:_PROBE_CHARACTERS]
-        characters += len(text)
-
-
-def _text_bytes(source: Source) -> float:
-    """UTF-8 bytes of the text of a source, by the sizes of its files."""
-    return sum(
-        path.stat().st_size * _EXPANSION.get(path.suffix.lower(), 1.0) for path in source.files
-    )
-
-
-def _check_space(sources: Sequence[Source], proof: Proof, work: Path) -> None:
-    """Tokens are there twice for a while: in parts, and assembled."""
-    text_bytes = sum(map(_text_bytes, sources))
-    itemsize = token_dtype(proof.recipe.vocab_size).itemsize
-    needed = 2 * text_bytes / proof.bytes_per_token * itemsize
-    there = sum(path.stat().st_size for path in work.glob("part-*")) if work.is_dir() else 0
-    free = shutil.disk_usage(work.parent).free
-    if needed - there > free:
-        raise UserError(
-            f"{work.parent} has {free / 2**30:.1f} GiB free; the tokens of "
-            f"{text_bytes / 2**30:.1f} GiB of text need about {(needed - there) / 2**30:.1f} GiB "
-            "while they are prepared, and half of it afterwards. Free space, or choose another "
-            "disk with --cache_dir or --output."
-        )
 
 
 def _facts(plan: Plan, tokenizer: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the documents, of which one byte each is kept in a file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,8 @@ class Fates:
         self.num_documents = total
         path = work / f"fates-{min(self._first, default=0):06d}"
         with path.open("wb") as file:
-            file.truncate(max(total, 1))
+            # A full disk is an error here; for a page of a sparse file it would end the process.
+            os.posix_fallocate(file.fileno(), 0, max(total, 1))
         self._codes = np.memmap(path, np.uint8, mode="r+")
         # Before what is drawn: a document that is left out anyway takes no place of another.
         self._filter()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,9 +33,22 @@ class Turn:
 
     def report(self, **state: Any) -> None:
         """Show the waiting processes how far the work is: `percent`, `result` or `failed`."""
-        temporary = self._board.with_name(f"{self._board.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(state))
-        temporary.replace(self._board)
+        with beside(self._board) as temporary:
+            temporary.write_text(json.dumps(state))
+            temporary.replace(self._board)
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Where to write what then becomes `path` by a rename: a place of nobody else's.
+
+    A name with the number of the process would not do: containers that share a disk can have
+    equal ones. A fresh folder, because files made by mkstemp can be read by their owner alone.
+    """
+    with tempfile.TemporaryDirectory(
+        dir=path.parent, prefix=f"{path.name}.", suffix=".tmp"
+    ) as folder:
+        yield Path(folder) / path.name
 
 
 @contextlib.contextmanager
@@ -61,7 +75,7 @@ def once(cache_dir: Path, key: str, work: str) -> Iterator[Turn]:
             percent = _read(board).get("percent")
             line = f"waiting for {work}" + ("" if percent is None else f", {percent}%")
             now = time.monotonic()
-            if _is_first_of_node() and line != shown and now - shown_at > _pause():
+            if is_first_of_node() and line != shown and now - shown_at > _pause():
                 print(line, end=_line_end(), file=sys.stderr, flush=True)
                 shown_at, shown = now, line
             time.sleep(_POLL_SECONDS)
@@ -82,8 +96,8 @@ def _read(board: Path) -> dict[str, Any]:
         return {}
 
 
-def _is_first_of_node() -> bool:
-    # One waiting process speaks for all of them; the launchers name it so.
+def is_first_of_node() -> bool:
+    """Whether this process speaks for all of its node; the launchers name it so."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

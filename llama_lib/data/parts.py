@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from llama_lib.data.bad_records import unreadable
 from llama_lib.errors import UserError
 
 _BUFFER_BYTES = 1 << 20
@@ -59,7 +60,7 @@ def parquet_file(path: Path) -> Iterator[Any]:
     except pa.ArrowException as error:
         raise UserError(f"{path} is damaged, or no parquet file: {error}") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
+        raise unreadable(path, error) from error
 
 
 def _row_groups(path: Path, num_bytes: int) -> list[Part]:

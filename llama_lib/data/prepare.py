@@ -5,22 +5,23 @@ tokenizer and options give the same folder, which is prepared once and opened ev
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama_lib.data.budget import parse_budgets
 from llama_lib.data.build import Plan, build
-from llama_lib.data.entries import Entry, parse_entries
+from llama_lib.data.entries import Entry
 from llama_lib.data.join import joined, subset
 from llama_lib.data.mixture import MIXTURES, load_mixture
-from llama_lib.data.once import once
+from llama_lib.data.once import Turn, once
 from llama_lib.data.opening import is_tokenised, needs_tokenizer, open_tokens
+from llama_lib.data.prepare_checks import check, check_command
 from llama_lib.data.prepared import (
     MANIFEST,
     VERSION,
@@ -36,7 +37,8 @@ from llama_lib.data.tokenizer import (
     load_tokenizer,
     tokenizer_hash,
 )
-from llama_lib.errors import UserError
+from llama_lib.data.work_folder import alone_at
+from llama_lib.errors import LlamaLibError, RunError, UserError
 
 _MIB = 1 << 20
 
@@ -75,14 +77,23 @@ def prepare(request: PrepareRequest) -> PreparedDataset:
     Needs no process group and may be called by every process of a node at once. `held_out` of
     the result is the evaluation text. Raises UserError with all problems of the request.
     """
-    entries = _check(request)
+    entries = check(request)
     ready = {n: entry for n, entry in enumerate(entries) if is_tokenised(entry.name)}
     texts = {n: entry for n, entry in enumerate(entries) if n not in ready}
+    tokens = [name for name in request.eval_data if is_tokenised(name)]
+    if tokens and texts:
+        print(
+            f"warning: --eval_data {', '.join(tokens)} holds tokens: text of -d that stands there "
+            "too is not found and not left out",
+            file=sys.stderr,
+        )
     if not ready:
         dataset = _prepare_texts(request, entries)
         names = dataset.sources_of_entry
     else:
         dataset, names = _open_ready(request, ready, texts)
+    if tokens or (ready and request.eval_data):
+        dataset = _with_eval_data(dataset, request)
     if entries[0].weight is None:
         return dataset
     empty = [entry.text for n, entry in enumerate(entries) if not names.get(n)]
@@ -90,42 +101,6 @@ def prepare(request: PrepareRequest) -> PreparedDataset:
         raise UserError(f"-d {', '.join(empty)}: no document is left to give a weight to.")
     weights = tuple((entry.weight or 0.0, names[n]) for n, entry in enumerate(entries))
     return replace(dataset, weights=weights)
-
-
-def _check(request: PrepareRequest) -> list[Entry]:
-    problems = []
-    entries: list[Entry] = []
-    try:
-        entries = parse_entries(request.datasets)
-        for entry in parse_entries(request.eval_data):
-            if entry.limit is not None or entry.weight is not None:
-                problems.append(f"--eval_data {entry.text}: takes no [N] and no :weight.")
-    except UserError as error:
-        problems += error.problems
-    if not request.datasets:
-        problems.append("no dataset is given: pass one with -d.")
-    if not 0 <= request.eval_ratio < 1:
-        problems.append(f"--eval_ratio {request.eval_ratio} is not a share: expected 0 <= r < 1.")
-    if request.workers < 0:
-        problems.append(f"--workers {request.workers} is negative; 0 means all cores.")
-    shortest, longest = request.min_length, request.max_length
-    for flag, value in (("--min_length", shortest), ("--max_length", longest)):
-        if value is not None and value < 1:
-            problems.append(f"{flag} {value} is no number of tokens: expected 1 or more.")
-    if shortest is not None and longest is not None and shortest > longest:
-        problems.append(f"--min_length {shortest} is above --max_length {longest}.")
-    if request.num_token:
-        try:
-            parse_budgets(request.num_token)
-        except UserError as error:
-            problems += error.problems
-        if any(entry.weight is not None for entry in entries):
-            problems.append("--num_token and weights in -d both say how much of what: choose one.")
-    elif request.mixture is not None:
-        problems.append("--mixture needs --num_token, which it shares out: --num_token 8192:1.8b")
-    if problems:
-        raise UserError(problems)
-    return entries
 
 
 def _prepare_texts(request: PrepareRequest, entries: Sequence[Entry]) -> PreparedDataset:
@@ -144,31 +119,55 @@ def _prepare_texts(request: PrepareRequest, entries: Sequence[Entry]) -> Prepare
     ):
         raise UserError(problems)
 
-    eval_ready = any(is_tokenised(path) for path in request.eval_data)
-    texts = [] if eval_ready else list(request.eval_data)
-    sources, eval_sources = _resolve_once(datasets, texts, cache_dir)
+    texts = [name for name in request.eval_data if not is_tokenised(name)]
+    apart = any(entry.limit is not None or entry.weight is not None for entry in entries)
+    sources, eval_sources = _resolve_once(datasets, texts, cache_dir, apart)
     limits = {n: entry.limit for n, entry in enumerate(entries) if entry.limit is not None}
     options = _options(request, eval_sources, limits)
     digest = tokenizer_hash(tokenizer)
-    key = _key(options, sources, eval_sources, digest)
+    files = _files_key(sources, eval_sources, digest)
+    key = _hash({**files, "options": options})
+    text_options = {name: options[name] for name in ("add_bos", "skip_bad_lines")}
+    text_key = _hash({**files, "options": text_options})
     if request.output is None:
         folder = cache_dir / "prepared" / key[:32]
     else:
         folder = Path(request.output).expanduser().resolve()
         _check_output(folder, key)
     _make_folder(folder.parent, "--output" if request.output else "--cache_dir")
-    plan = Plan(request, options, sources, eval_sources, limits, digest, key)
+    plan = Plan(request, options, sources, eval_sources, limits, digest, key, text_key)
     with once(cache_dir, str(folder), "tokenisation") as turn:
-        if "failed" in turn.before:
-            raise UserError(turn.before["failed"])
+        _raise_failure(turn)
         if not is_prepared(folder):
-            try:
-                build(plan, tokenizer, folder, turn)
-            except UserError as error:
-                turn.report(failed=error.problems)
-                raise
-    dataset = PreparedDataset.open(folder)
-    return _with_eval_data(dataset, request) if eval_ready else dataset
+            # Those with another --cache_dir, or on another host, take turns by a lock of their own.
+            with _failure_reported(turn), alone_at(folder):
+                if request.output is not None:
+                    _check_output(folder, key)
+                if not is_prepared(folder):
+                    build(plan, tokenizer, folder, turn)
+    return PreparedDataset.open(folder)
+
+
+def _raise_failure(turn: Turn) -> None:
+    """End as the process did that this one has waited for."""
+    if "failed" in turn.before:
+        raise UserError(turn.before["failed"])
+    if "broken" in turn.before:
+        raise RunError(turn.before["broken"])
+
+
+@contextlib.contextmanager
+def _failure_reported(turn: Turn) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        turn.report(failed=error.problems)
+        raise
+    except LlamaLibError as error:
+        # On a full disk there may be no room for this either; then the next one tries again.
+        with contextlib.suppress(OSError):
+            turn.report(broken=str(error))
+        raise
 
 
 def _options(
@@ -247,7 +246,7 @@ def _open_ready(
         names = {min(ready): tuple(whole.sources)}
     else:
         names = whole.sources_of_entry
-    return (_with_eval_data(whole, request) if request.eval_data else whole), names
+    return whole, names
 
 
 def _problems(request: PrepareRequest, name: str, dataset: PreparedDataset) -> list[str]:
@@ -282,20 +281,16 @@ def _with_eval_data(dataset: PreparedDataset, request: PrepareRequest) -> Prepar
 
 
 def _resolve_once(
-    datasets: list[str], eval_data: list[str], cache_dir: Path
+    datasets: list[str], eval_data: list[str], cache_dir: Path, entries_apart: bool
 ) -> tuple[list[Source], list[Source]]:
     """Sources of both; one process downloads, those that waited for it take its answer."""
-    key = json.dumps(["resolve", datasets, eval_data, os.getcwd()])
+    key = json.dumps(["resolve", datasets, eval_data, os.getcwd(), entries_apart])
     with once(cache_dir, key, "the download of the data") as turn:
-        if "failed" in turn.before:
-            raise UserError(turn.before["failed"])
+        _raise_failure(turn)
         if "sources" not in turn.before:
-            try:
-                found = [resolve(datasets, cache_dir)]
+            with _failure_reported(turn):
+                found = [resolve(datasets, cache_dir, entries_apart)]
                 found.append(resolve(eval_data, cache_dir) if eval_data else [])
-            except UserError as error:
-                turn.report(failed=error.problems)
-                raise
             turn.before["sources"] = [
                 [(s.name, [str(path) for path in s.files], s.entry) for s in sources]
                 for sources in found
@@ -308,35 +303,37 @@ def _resolve_once(
         return training, held_out
 
 
-def _key(
-    options: dict[str, Any], sources: list[Source], eval_sources: list[Source], tokenizer: str
-) -> str:
-    content = {
+def _files_key(sources: list[Source], eval_sources: list[Source], tokenizer: str) -> dict[str, Any]:
+    return {
         "version": VERSION,
         "tokenizer": tokenizer,
-        "options": options,
         "sources": [[s.name, s.entry, [_file_key(f) for f in s.files]] for s in sources],
         "eval": [[s.name, [_file_key(f) for f in s.files]] for s in eval_sources],
     }
+
+
+def _hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _file_key(path: Path) -> list[Any]:
     """Path, size, mtime and a hash of the first and last MiB: cheap for any size of file."""
-    facts = path.stat()
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(_MIB))
-        file.seek(max(0, facts.st_size - _MIB))
-        digest.update(file.read(_MIB))
+    try:
+        facts = path.stat()
+        with path.open("rb") as file:
+            digest = hashlib.sha256(file.read(_MIB))
+            file.seek(max(0, facts.st_size - _MIB))
+            digest.update(file.read(_MIB))
+    except (PermissionError, FileNotFoundError) as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error}.") from error
     return [str(path), facts.st_size, facts.st_mtime_ns, digest.hexdigest()]
 
 
 def _check_output(folder: Path, key: str) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not is_prepared(folder):
-        raise UserError(f"{folder} exists and is not empty: choose another --output.")
-    if json.loads((folder / MANIFEST).read_text()).get("key") != key:
+    """That the dataset in --output, if there is one, is the one asked for."""
+    if is_prepared(folder) and json.loads((folder / MANIFEST).read_text()).get("key") != key:
         raise UserError(
             f"{folder} holds a dataset prepared from other text, tokenizer or options: choose "
             "another --output or delete it."
@@ -390,10 +387,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=42, help="draws the documents of [N] and the row lengths (42)")
     add("--cache_dir", default=DEFAULT_CACHE_DIR, help="locks, the sample and its tokenizer")
     arguments = vars(parser.parse_args(argv))
+    request = PrepareRequest(datasets=arguments.pop("dataset"), **arguments)
+    check_command(request)
     if "transformers" not in sys.modules:
         # Only a tokenizer is loaded here: without torch that takes 0.7 s and 80 MB instead of 1.9 s
         # and 260 MB (measured). The advice is that no model can be loaded then.
         os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
-    dataset = prepare(PrepareRequest(datasets=arguments.pop("dataset"), **arguments))
+    dataset = prepare(request)
     print(dataset.path)
     return 0

@@ -13,7 +13,13 @@ from typing import IO, Any
 
 import orjson
 
-from llama_lib.data.bad_records import BadRecord, NoTextColumn, no_text_column, nothing_in
+from llama_lib.data.bad_records import (
+    BadRecord,
+    NoTextColumn,
+    no_text_column,
+    nothing_in,
+    unreadable,
+)
 from llama_lib.data.compressed import decompressed
 from llama_lib.data.parts import Part, is_seekable
 from llama_lib.data.tables import Ids, Table
@@ -68,7 +74,7 @@ class TextFile:
         try:
             self.size = self._table.size
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error}.") from error
+            raise unreadable(path, error) from error
         if part and self._kind == "jsonl":
             self.size = part.stop - part.start
 
@@ -109,7 +115,7 @@ class TextFile:
             elif self._is_whole():
                 raise nothing_in(self.path, self.bad, self.last_bad)
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{self.path} cannot be read: {error}.") from error
+            raise unreadable(self.path, error) from error
         finally:
             self._tell = lambda: self.size
 
@@ -163,13 +169,15 @@ class TextFile:
                 return
 
     def _json(self) -> Iterator[str]:
-        """An array of records, one record over several lines, or lines named .json."""
+        """Arrays of records, records over several lines, or lines named .json."""
         with self.path.open("rb") as raw, decompressed(self.path, raw) as stream:
             # An array may be one line as long as the file, so only its beginning is looked at.
             first_line = stream.readline(_PEEK_BYTES).removeprefix(_BOM)
+            while first_line and not first_line.strip():
+                first_line = stream.readline(_PEEK_BYTES)
             if first_line.lstrip().startswith(b"{") and not first_line.endswith(b"\n"):
                 first_line += stream.readline(_LARGEST_VALUE)
-        if first_line.lstrip().startswith(b"{") and _is_json(first_line):
+        if first_line and _is_a_line(first_line):
             yield from self._json_lines()
             return
         with self.path.open("rb") as raw, decompressed(self.path, raw) as stream:
@@ -181,20 +189,20 @@ class TextFile:
                     self._reject("line", number, bad)
 
     def _json_values(self, stream: IO[str]) -> Iterator[tuple[int, Any]]:
-        """(line number, value) of each element of an array, or of each value standing alone."""
+        """(line number, value) of each element of every array, and of each value outside them."""
         decoder = json.JSONDecoder()
         buffer, line, ended, wanted = "", 1, False, _CHUNK_CHARACTERS
-        in_array = None
+        in_array = False
         while True:
             body = buffer.lstrip(" \t\r\n,")
-            if body and in_array is None:
-                in_array = body[0] == "["
-                if in_array:
-                    body = body[1:].lstrip()
+            # What follows an array may be another one: a file may be several, joined.
+            while body and body[0] == ("]" if in_array else "["):
+                in_array = not in_array
+                body = body[1:].lstrip(" \t\r\n,")
             line += buffer.count("\n", 0, len(buffer) - len(body))
             buffer = body
             value, end = None, 0
-            if buffer and not (in_array and buffer[0] == "]"):
+            if buffer:
                 try:
                     value, end = decoder.raw_decode(buffer)
                 except json.JSONDecodeError as error:
@@ -202,8 +210,6 @@ class TextFile:
                         raise self._cut_short(line + error.lineno - 1, error.msg) from error
                 except (ValueError, RecursionError) as error:
                     raise self._cut_short(line, str(error)) from error
-            elif buffer:
-                return
             # A value that ends where the buffer ends may go on in the next chunk.
             if end and (end < len(buffer) or ended):
                 yield line, value
@@ -266,11 +272,24 @@ class TextFile:
         return lines
 
 
-def _is_json(line: bytes) -> bool:
+def _is_a_line(line: bytes) -> bool:
+    """Whether the first line of a file tells that each line is a record, if perhaps a bad one."""
     try:
-        json.loads(line)
+        text = line.decode("utf-8").strip(" \t\r\n")
+        if text.startswith("["):
+            return False
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        if not text.startswith("{"):
+            return True
+        # No string goes on in the next line, so this one is cut.
+        if error.msg.startswith("Unterminated string"):
+            return True
+        rest = text[error.pos :].lstrip(" \t\r\n,")
+        # Neither a record that goes on in the next line, nor one with more behind it.
+        return bool(rest) and not (error.msg == "Extra data" and rest[0] in "{[")
     except (ValueError, RecursionError):
-        return False
+        pass
     return True
 
 

@@ -5,11 +5,12 @@ of the machine.
 """
 
 import json
-import os
 import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+from llama_lib.data.once import beside
 
 SOURCES = ("documentation", "library")
 
@@ -57,8 +58,8 @@ def write_sample(folder: Path) -> list[Path]:
         content = lines.encode("ascii")
         # Left alone when it is already right: its mtime is part of the key of what is prepared.
         if not path.is_file() or path.read_bytes() != content:
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path)
+            with beside(path) as temporary:
+                temporary.write_bytes(content)
+                temporary.replace(path)
         paths.append(path)
     return paths

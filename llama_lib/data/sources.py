@@ -7,19 +7,31 @@ import glob
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from llama_lib.data.bad_records import unreadable
 from llama_lib.data.hub import hub_files, is_hub_name
+from llama_lib.data.once import is_first_of_node
 from llama_lib.data.readers import FORMATS, TextFile, file_format
 from llama_lib.data.sample import write_sample
 from llama_lib.errors import UserError
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+# What stands beside data everywhere, and holds none.
+_COMPANION = re.compile(
+    r"(readme|licen[cs]e|notice|copying|citation|changelog|_success$|_(common_)?metadata$)", re.I
+)
+_ABOUT_DATA = ("dataset_infos.json", "dataset_info.json")
+_COMPRESSION = re.compile(r"\.(xz|bz2|gz|zst|lz4|lzma|z|br|zip)$", re.I)
+_KINDS_SHOWN = 8
 
 # What a source may be called, from the outermost folder inwards.
 _Parts = tuple[str, ...]
@@ -75,9 +87,7 @@ def resolve(
             found += [(entry, file) for file in _expand(dataset, cache_dir)]
         except UserError as error:
             problems += error.problems
-    for path, times in Counter(file.path for _, file in found).items():
-        if times > 1:
-            problems.append(f"{path} is given twice: name it once.")
+    problems += _given_twice(file for _, file in found)
     if not datasets:
         problems.append("no dataset is given: pass one with -d.")
     if problems:
@@ -127,13 +137,12 @@ def _expand(dataset: str, cache_dir: Path) -> list[_Found]:
     path = Path(name)
     if os.path.isdir(name):
         _check_is_no_result(path)
-        found = list(_in_folder(path))
+        walk = _Walk(path)
+        found = list(walk.files())
         if not found:
-            inside = {p.suffix or p.name for p in path.rglob("*") if p.is_file()}
-            raise UserError(
-                f"{path} holds no data; found {', '.join(sorted(inside)) or 'nothing'}, expected "
-                f"{FORMATS} files."
-            )
+            inside = ", ".join(sorted(set(map(_kind, walk.unread)))) or "nothing"
+            raise UserError(f"{path} holds no data; found {inside}, expected {FORMATS} files.")
+        _tell_unread(path, walk.unread)
     elif os.path.isfile(name):
         found = [_file(path)]
     elif glob.has_magic(dataset):
@@ -170,36 +179,107 @@ def _matches(pattern: str) -> Iterator[_Found]:
             yield from _saved(path)
         elif path.is_file():
             yield _file(path)
+        elif not path.exists():
+            raise UserError(f"{path} is a link to nothing: mend it or leave it out.")
 
 
-def _in_folder(folder: Path) -> Iterator[_Found]:
-    """The data files of a folder and of those inside it, in the order of their names."""
-    if _is_saved(folder):
-        yield from _saved(folder)
-        return
-    inside = _listed(folder)
-    names = {path.name for path in inside}
-    has_arrow = any(name.endswith(".arrow") for name in names)
-    if has_arrow and {"state.json", "dataset_info.json"} & names:
-        raise UserError(
-            f"{folder} is an unfinished folder of save_to_disk or a cache of the datasets "
-            "library: it needs both state.json and dataset_info.json. Save it again: "
-            "dataset.save_to_disk(FOLDER), then -d FOLDER."
-        )
-    for path in inside:
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _in_folder(path)
-        elif path.is_file() and file_format(path) is not None:
-            yield _file(path)
+@dataclass
+class _Walk:
+    """The data files of a folder and of those inside it, in the order of their names.
+
+    Links to folders are followed, but no folder is read twice: a link to one inside `root` is
+    passed by. `unread` are the files that are no data, without the hidden ones.
+    """
+
+    root: Path
+    unread: list[Path] = field(default_factory=list)
+    _visited: set[Path] = field(default_factory=set)
+
+    def files(self) -> Iterator[_Found]:
+        yield from self._in(self.root)
+
+    def _in(self, folder: Path) -> Iterator[_Found]:
+        self._visited.add(folder.resolve())
+        if _is_saved(folder):
+            yield from _saved(folder)
+            return
+        inside = _listed(folder)
+        names = {path.name for path in inside}
+        has_arrow = any(name.endswith(".arrow") for name in names)
+        if has_arrow and {"state.json", "dataset_info.json"} & names:
+            raise UserError(
+                f"{folder} is an unfinished folder of save_to_disk or a cache of the datasets "
+                "library: it needs both state.json and dataset_info.json. Save it again: "
+                "dataset.save_to_disk(FOLDER), then -d FOLDER."
+            )
+        for path in inside:
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                if not self._is_met_elsewhere(path):
+                    yield from self._in(path)
+            elif path.is_file() and path.name not in _ABOUT_DATA and file_format(path):
+                yield _file(path)
+            else:
+                self.unread.append(path)
+
+    def _is_met_elsewhere(self, folder: Path) -> bool:
+        real = folder.resolve()
+        if real in self._visited:
+            return True
+        root = self.root.resolve()
+        if not folder.is_symlink() or not real.is_relative_to(root):
+            return False
+        # What lies in a hidden folder is met by links alone.
+        return not any(part.startswith(".") for part in real.relative_to(root).parts)
+
+
+def _tell_unread(folder: Path, unread: Iterable[Path]) -> None:
+    kinds = Counter(
+        _kind(path)
+        for path in unread
+        if path.name not in _ABOUT_DATA and not _COMPANION.match(path.name)
+    )
+    if kinds and is_first_of_node():
+        common = kinds.most_common(_KINDS_SHOWN)
+        shown = [f"{count} {kind}" for kind, count in common]
+        if others := kinds.total() - sum(count for _, count in common):
+            shown.append(f"{others} of other kinds")
+        _say_once(f"{folder}: not read: {', '.join(shown)}; only {FORMATS} files are")
+
+
+@cache
+def _say_once(line: str) -> None:
+    """A run resolves the same words several times."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _kind(path: Path) -> str:
+    if not path.exists():
+        return "link to nothing"
+    inner = Path(_COMPRESSION.sub("", path.name))
+    ending = inner.suffix + path.name.removeprefix(inner.name)
+    return ending or path.name
+
+
+def _given_twice(found: Iterable[_Found]) -> Iterator[str]:
+    files: dict[str, list[Path]] = {}
+    for file in found:
+        # Equal files of a dataset on the hub are one file in its cache.
+        real = os.path.realpath(file.path) if file.may_share else str(file.path)
+        files.setdefault(real, []).append(file.path)
+    for first, *others in files.values():
+        if first in others:
+            yield f"{first} is given twice: name it once."
+        elif others:
+            yield f"{first} and {others[0]} are the same file, given twice: name it once."
 
 
 def _listed(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}.") from error
+        raise unreadable(folder, error) from error
 
 
 def _check_is_no_result(folder: Path) -> None:
@@ -244,13 +324,15 @@ def _saved(folder: Path) -> Iterator[_Found]:
         path = within / file["filename"]
         if not path.is_file():
             raise UserError(f"{path} is missing, which {within / 'state.json'} names.")
-        yield _named(path, *folder.resolve().parts[1:])
+        yield _named(path, *_absolute(folder).parts[1:])
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}. Save the dataset again.") from error
 
 
@@ -276,17 +358,29 @@ def _check_tables(sources: Iterable[Source]) -> None:
 
 
 def _named(path: Path, *parts: str) -> _Found:
-    return _Found(path.resolve(), parts, parts)
+    return _Found(_absolute(path), parts, parts)
+
+
+def _absolute(path: Path) -> Path:
+    """As it was given: a link's own name says what it is, that of a blob behind it does not."""
+    if ".." in path.parts:
+        # Behind a link `..` is another folder than the one before it.
+        path = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    return path.absolute()
 
 
 def _file(path: Path) -> _Found:
+    path = _absolute(path)
+    if file_format(path) is None:
+        # A link may also be the shorter name.
+        path = path.resolve()
     stem = path.name
     while file_format(Path(stem)) is not None:
         stem = stem.rsplit(".", 1)[0]
         for kind in (".jsonl", ".json"):
             stem = stem.removesuffix(kind)
-    folders = path.resolve().parent.parts[1:]
-    return _Found(path.resolve(), (*folders, _SHARD.sub("", stem)), (*folders, path.name))
+    folders = path.parent.parts[1:]
+    return _Found(path, (*folders, _SHARD.sub("", stem)), (*folders, path.name))
 
 
 def _names(keys: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

@@ -34,15 +34,6 @@ class Start(NamedTuple):
     token: int
 
 
-class _Processes(WorkerPool[Task | LlamaLibError, Chunk]):
-    """A pool in which one worker is a process, too: the trainer's own is busy."""
-
-    def __init__(self, settings: Settings, workers: int) -> None:
-        super().__init__(settings, workers if workers > 1 else 0)
-        if workers == 1:
-            self._start()
-
-
 class Walker:
     """The rows of one corpus, in order; going back is possible, but reads the window again.
 
@@ -209,7 +200,7 @@ class Walker:
             except LlamaLibError as error:
                 yield error
 
-        with _Processes(self._settings, self._workers) as pool:
+        with WorkerPool(self._settings, self._workers, apart=True) as pool:
             yield from pool.map(tasks(), ahead=2)
 
 

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_lib.data.bad_records import BadRecord, no_text_column
+from llama_lib.data.bad_records import BadRecord, no_text_column, unreadable
 from llama_lib.data.parts import Part, parquet_file
 from llama_lib.errors import UserError
 
 # Rows decoded at once, by is_rows: ready-made rows are long. Chosen.
 _BATCH_ROWS = {False: 256, True: 32}
+# A label of no loss, by the convention of PyTorch and transformers.
+_IGNORED = -100
 _FILE_MAGIC = b"ARROW1"  # of the format with an index at its end; streams have no magic
 
 Ids = npt.NDArray[np.int64]
@@ -109,7 +111,7 @@ class Table:
         except pa.ArrowException as error:
             raise UserError(f"{self.path} is damaged, or no arrow file: {error}") from error
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error}.") from error
+            raise unreadable(self.path, error) from error
 
     def _row_groups(self, file: Any, columns: list[str]) -> Iterator[Any]:
         part = self._part
@@ -199,21 +201,19 @@ def _rows_of(batch: Any) -> Iterator[Ids | BadRecord]:
         hidden = mask == 0
         if not hidden.any():
             hidden = None
-    unlabelled = _unlabelled(batch, hidden)
+    mislabelled = _mislabelled(batch, ids, ends, hidden, mask_ends)
     start = mask_start = 0
     for number, (end, mask_end, null) in enumerate(
         zip(ends.tolist(), mask_ends.tolist(), missing, strict=True)
     ):
-        if number in unlabelled:
-            yield BadRecord(
-                "`labels` hides tokens from the loss (-100), but pre-training learns every token"
-            )
-        elif null:
+        if null:
             yield BadRecord("`input_ids` or `attention_mask` is null, or holds a null")
         elif end - start != mask_end - mask_start:
             yield BadRecord(
                 f"`input_ids` has {end - start} numbers, `attention_mask` {mask_end - mask_start}"
             )
+        elif number in mislabelled:
+            yield BadRecord(mislabelled[number])
         elif hidden is None:
             yield ids[start:end]
         else:
@@ -221,17 +221,55 @@ def _rows_of(batch: Any) -> Iterator[Ids | BadRecord]:
         start, mask_start = end, mask_end
 
 
-def _unlabelled(batch: Any, hidden: npt.NDArray[np.bool_] | None) -> set[int]:
-    """The rows with a visible token that has no label."""
+def _mislabelled(
+    batch: Any,
+    ids: Ids,
+    ends: npt.NDArray[np.int64],
+    hidden: npt.NDArray[np.bool_] | None,
+    mask_ends: npt.NDArray[np.int64],
+) -> dict[int, str]:
+    """The rows whose labels ask for another loss than that of every visible token, and why.
+
+    Labels equal to the ids, shifted nowhere, are what transformers' models take; -100 may stand
+    where the mask hides the token. A row without labels (null) asks for nothing.
+    """
     from pyarrow import types
 
     if "labels" not in batch.schema.names or types.is_null(batch.schema.field("labels").type):
-        return set()
-    labels, label_ends, _ = _flat(batch, "labels")
-    bare = labels < 0
-    if hidden is not None and len(hidden) == len(bare):
-        bare &= ~hidden
-    return set(np.searchsorted(label_ends, np.flatnonzero(bare), side="right").tolist())
+        return {}
+    labels, label_ends, holds_null = _flat(batch, "labels")
+    without = batch.column(batch.schema.get_field_index("labels")).is_null()
+    given = ~without.to_numpy(zero_copy_only=False)
+    lengths, label_lengths, mask_lengths = (
+        np.diff(some, prepend=0) for some in (ends, label_ends, mask_ends)
+    )
+    reasons: dict[int, str] = {}
+    for row in np.flatnonzero(given & (holds_null | (label_lengths != lengths))).tolist():
+        reasons[row] = (
+            "`labels` holds a null"
+            if label_lengths[row] == lengths[row]
+            else f"`input_ids` has {lengths[row]} numbers, `labels` {label_lengths[row]}"
+        )
+    # The numbers of the rows that are as long in every column, one below the other.
+    alike = given & ~holds_null & (label_lengths == lengths) & (mask_lengths == lengths)
+    counts = np.where(alike, lengths, 0)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    wanted = labels[(label_ends - label_lengths)[rows] + within]
+    other = wanted != ids[(ends - lengths)[rows] + within]
+    ignored = wanted == _IGNORED
+    if hidden is not None:
+        other &= ~(ignored & hidden[(mask_ends - mask_lengths)[rows] + within])
+    for row in np.unique(rows[other]).tolist():
+        reasons[row] = (
+            "`labels` differs from `input_ids` (shifted, or meant for another kind of model), but "
+            "pre-training learns the row itself"
+        )
+    for row in np.unique(rows[other & ignored]).tolist():
+        reasons[row] = (
+            "`labels` hides tokens from the loss (-100), but pre-training learns every token"
+        )
+    return reasons
 
 
 def _flat(batch: Any, name: str) -> tuple[Ids, npt.NDArray[np.int64], npt.NDArray[np.bool_]]:

@@ -6,8 +6,10 @@ Invariant: the ids depend on the text and the tokenizer alone, never on the proc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,15 @@ from llama_lib.errors import UserError
 
 Ids = npt.NDArray[np.integer]
 Lengths = npt.NDArray[np.int64]
+Encode = Callable[[Sequence[str]], list[Ids]]
+
+_PROBE_CHARACTERS = 1 << 18  # compared at a time; chosen
+# Gigatoken remembers every distinct word for good: about 12 bytes for each byte of random words.
+# Beginning anew costs 0.07 s and some words again, so it is done only where memory has grown and
+# not often. Measured 2026-11.
+_MOST_GROWTH = 256 << 20
+_LEAST_CHARACTERS = 16 << 20
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 # What tokenizers tend to disagree on: blanks, line ends, digits, scripts, combining marks, emoji,
 # control characters, contractions in either case, long runs. Special tokens come on top.
@@ -64,11 +75,12 @@ class Proof:
     bytes_per_token: float
 
 
-def prove(tokenizer: Any, add_bos: bool | None = None, probes: Sequence[str] = ()) -> Proof:
+def prove(tokenizer: Any, add_bos: bool | None = None, probes: Iterable[str] = ()) -> Proof:
     """Try gigatoken on `probes`, texts of the data, and on the built-in ones.
 
-    It is used only if it gives the ids of the tokenizer itself on each of them. Documents begin
-    with BOS if `add_bos`; None: if the tokenizer itself puts it there.
+    It is used only if it gives the ids of the tokenizer itself on each of them; a few are in
+    memory at a time. Documents begin with BOS if `add_bos`; None: if the tokenizer itself puts it
+    there.
     """
     from llama_lib.data.tokenizer import adds_bos, bare_backend, vocabulary_size
 
@@ -78,12 +90,19 @@ def prove(tokenizer: Any, add_bos: bool | None = None, probes: Sequence[str] = (
         raise UserError("the tokenizer has no bos_token to begin documents with")
     content = bare_backend(tokenizer).to_str()
     special = " ".join(f"x{token}y {token} " for token in tokenizer.all_special_tokens)
-    texts = [*_PROBES, special, *probes]
-    reference = reference_encoder(content)(texts)
-    measured = list(probes or texts)
-    num_tokens = sum(len(ids) for ids in reference[-len(measured) :])
-    num_bytes = sum(len(text.encode("utf-8")) for text in measured)
-    note = _difference(content, texts, reference)
+    encode = reference_encoder(content)
+    loaded = cache(lambda: gigatoken_encoder(content))
+    own_texts = [*_PROBES, special]
+    own_ids = encode(own_texts)
+    note = _difference(loaded, own_texts, own_ids)
+    num_bytes = num_tokens = 0
+    for texts in _batches(probes):
+        reference = encode(texts)
+        note = note or _difference(loaded, texts, reference)
+        num_bytes += _num_bytes(texts)
+        num_tokens += sum(map(len, reference))
+    if not num_tokens:
+        num_bytes, num_tokens = _num_bytes(own_texts), sum(map(len, own_ids))
     recipe = Recipe(
         tokenizer_json=content,
         vocab_size=vocabulary_size(tokenizer),
@@ -100,15 +119,26 @@ class Encoder:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.dtype = token_dtype(recipe.vocab_size)
-        if recipe.engine == "gigatoken":
-            self._encode = gigatoken_encoder(recipe.tokenizer_json)
-        else:
-            self._encode = reference_encoder(recipe.tokenizer_json)
+        self._begin()
         self._prefix = np.array(recipe.prefix, np.uint32)
         self._suffix = np.array(recipe.suffix, np.uint32)
 
+    def _begin(self) -> None:
+        """Load the engine, in place of one that remembers too many words."""
+        self.__dict__.pop("_encode", None)  # the old one goes before the new one comes
+        is_gigatoken = self.recipe.engine == "gigatoken"
+        load = gigatoken_encoder if is_gigatoken else reference_encoder
+        self._encode = load(self.recipe.tokenizer_json)
+        self._characters = 0
+        self._memory = _resident()
+
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
         """Ids of all documents one after another, and the length of each, ends included."""
+        if self.recipe.engine == "gigatoken" and self._characters >= _LEAST_CHARACTERS:
+            self._characters = 0
+            if not self._memory or _resident() - self._memory > _MOST_GROWTH:
+                self._begin()
+        self._characters += sum(map(len, texts))
         rows = self._encode(texts)
         extra = len(self._prefix) + len(self._suffix)
         lengths = np.fromiter(map(len, rows), np.int64, len(rows)) + extra
@@ -118,7 +148,7 @@ class Encoder:
         return np.concatenate(pieces, dtype=self.dtype, casting="unsafe"), lengths
 
 
-def reference_encoder(tokenizer_json: str) -> Callable[[Sequence[str]], list[Ids]]:
+def reference_encoder(tokenizer_json: str) -> Encode:
     """Ids by the tokenizers library, which is the truth that gigatoken is held against."""
     from tokenizers import Tokenizer
 
@@ -131,7 +161,7 @@ def reference_encoder(tokenizer_json: str) -> Callable[[Sequence[str]], list[Ids
     return encode
 
 
-def gigatoken_encoder(tokenizer_json: str) -> Callable[[Sequence[str]], list[Ids]]:
+def gigatoken_encoder(tokenizer_json: str) -> Encode:
     """Ids by gigatoken, on the calling thread.
 
     One call per document: its batches come as awkward arrays, a library that would add 60 MB and
@@ -143,10 +173,38 @@ def gigatoken_encoder(tokenizer_json: str) -> Callable[[Sequence[str]], list[Ids
     return lambda texts: [encode(text) for text in texts]
 
 
-def _difference(tokenizer_json: str, texts: Sequence[str], reference: Sequence[Ids]) -> str:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _PROBE_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _num_bytes(texts: Sequence[str]) -> int:
+    return sum(len(text.encode("utf-8")) for text in texts)
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * _PAGE_BYTES
+    except OSError:
+        return 0
+
+
+def _difference(
+    loaded: Callable[[], Encode], texts: Sequence[str], reference: Sequence[Ids]
+) -> str:
     """Why gigatoken cannot be used; empty if its ids are those of the reference."""
     try:
-        found = gigatoken_encoder(tokenizer_json)(texts)
+        found = loaded()(texts)
     except (KeyboardInterrupt, SystemExit):
         raise
     except ImportError as error:

@@ -6,6 +6,7 @@ depends on its text and the tokenizer alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -115,11 +116,11 @@ def tokenise(
         size = sum(sizes[number] for number, _ in wanted)
         workers = min(workers, math.ceil(size / (2 * PART_BYTES)))
     with WorkerPool(setup, workers) as pool:
-        # Far ahead, because results are small and one compressed file may take very long.
+        # No limit: results are small, and one compressed file may take longer than all others.
         results = pool.map(
             wanted,
             lambda order, share: progress.show(wanted[order][0], share * sizes[wanted[order][0]]),
-            ahead=64,
+            ahead=max(len(wanted), 1),
         )
         for stored in results:
             found[stored.number] = stored
@@ -203,7 +204,8 @@ def _write_part(
         documents.publish()
     except BaseException:
         for file in (tokens, documents):
-            file.close()
+            with contextlib.suppress(OSError):  # on a full disk closing fails as writing did
+                file.close()
             file.temporary.unlink(missing_ok=True)
         raise
     stored = Stored(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import os.path
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_lib.data.once import once
+from llama_lib.data.once import beside, once
 from llama_lib.data.sample import write_sample
 from llama_lib.data.sources import Source, records
 from llama_lib.errors import UserError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SAMPLE_VOCAB_SIZE = 4096
 DEFAULT_CACHE_DIR = "~/.cache/llama_lib"
+_LONGEST_REASON = 200  # characters of a message that is not ours. Chosen.
 
 # <unk> <s> </s> are 0 1 2 as in every Llama tokenizer, so LlamaConfig's default ids hold.
 _UNKNOWN, _BEGIN, _END = "<unk>", "<s>", "</s>"
@@ -51,13 +52,14 @@ def fast_tokenizer(
     """As load_tokenizer, but it need not end documents; `flag` is named in the errors."""
     if name_or_path == "sample":
         name_or_path = str(sample_tokenizer(cache_dir))
+    name_or_path = os.path.expanduser(name_or_path)
     try:
         tokenizer = _class_of(name_or_path).from_pretrained(name_or_path)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+    except Exception as error:
+        # A damaged tokenizer.json is a plain Exception of the tokenizers library.
         raise UserError(
-            f"no tokenizer can be loaded from {name_or_path!r}: {reason[0]} Expected a folder with "
-            f"tokenizer.json, a hub id, or `sample`: pass it with {flag}."
+            f"no tokenizer can be loaded from {name_or_path!r}: {_reason(error)} Expected a folder "
+            f"with tokenizer.json, a hub id, or `sample`: pass it with {flag}."
         ) from error
     if not tokenizer.is_fast:
         raise UserError(
@@ -65,6 +67,12 @@ def fast_tokenizer(
             f"data needs. Choose another with {flag}."
         )
     return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """The first line, shortened: transformers lists every kind of model that there is."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 3] + "..."
 
 
 def _class_of(name_or_path: str) -> Any:
@@ -134,19 +142,19 @@ def sample_tokenizer(cache_dir: str | Path, vocab_size: int = SAMPLE_VOCAB_SIZE)
     return folder
 
 
-def save_tokenizer(tokenizer: Any, folder: Path, beside: Mapping[str, str] | None = None) -> None:
-    """Write the Hugging Face folder under another name first, so that it is whole or absent.
+def save_tokenizer(tokenizer: Any, folder: Path, more: Mapping[str, str] | None = None) -> None:
+    """Write the Hugging Face folder in another place first, so that it is whole or absent.
 
-    `beside` are more files for it: name and text.
+    `more` are files to put beside the tokenizer's: name and text.
     """
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(temporary)
-    _name_class(tokenizer, temporary / "tokenizer_config.json")
-    for name, text in (beside or {}).items():
-        (temporary / name).write_text(text, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with beside(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+        _name_class(tokenizer, temporary / "tokenizer_config.json")
+        for name, text in (more or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
 
 
 def _name_class(tokenizer: Any, path: Path) -> None:

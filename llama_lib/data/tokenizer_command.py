@@ -6,9 +6,12 @@ Invariant: the folder is whole, its report in it, or not there.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +28,12 @@ from llama_lib.data.tokenizer import (
     vocabulary_size,
 )
 from llama_lib.data.tokenizer_report import report, report_table
-from llama_lib.data.train_tokenizer import CHARACTER_COVERAGE, STYLES, train_style
+from llama_lib.data.train_tokenizer import (
+    CHARACTER_COVERAGE,
+    STYLES,
+    check_vocab_size,
+    train_style,
+)
 from llama_lib.errors import UserError
 
 # Llama 2's.
@@ -73,10 +81,11 @@ class Corpus:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    entries = _checked(arguments)
+    # Of a link the folder behind it: a rename cannot put a folder in place of a link.
+    output = Path(os.path.realpath(os.path.expanduser(arguments.output)))
+    entries = _checked(arguments, output)
     from tqdm import tqdm
 
-    output = Path(arguments.output)
     cache_dir = Path(arguments.cache_dir).expanduser()
     reference = compared = None
     if arguments.reference:
@@ -121,7 +130,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             int(arguments.report_mib * 2**20),
         ),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, output, {"report.json": json.dumps(content, indent=1) + "\n"})
     print("\n".join(report_table(content)))
     print(f"{output}: {size} ids, hash {content['hash'][:16]}; the table is in its report.json")
@@ -130,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _checked(arguments: argparse.Namespace) -> list[Entry]:
+def _checked(arguments: argparse.Namespace, output: Path) -> list[Entry]:
     """The entries of --input. Raises UserError with every problem of the arguments."""
     problems = []
     entries: list[Entry] = []
@@ -144,13 +152,17 @@ def _checked(arguments: argparse.Namespace) -> list[Entry]:
         for entry in entries
         if entry.limit is not None or entry.weight is not None
     ]
-    output = Path(arguments.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        problems.append(f"{output} exists and is not empty: choose another --output.")
+    problems += _output_problems(output)
     if arguments.style is not None and arguments.style not in STYLES:
         problems.append(
             f"unknown --style: got {arguments.style!r}, expected one of {', '.join(STYLES)}."
         )
+    elif not arguments.reference:
+        # With a reference the style may be its own, which is not known yet.
+        try:
+            check_vocab_size(arguments.vocab_size, arguments.style or "llama3", False)
+        except UserError as error:
+            problems += error.problems
     for flag in ("sample_ratio", "character_coverage"):
         if not 0 < getattr(arguments, flag) <= 1:
             problems.append(
@@ -161,6 +173,29 @@ def _checked(arguments: argparse.Namespace) -> list[Entry]:
     if problems:
         raise UserError(problems)
     return entries
+
+
+def _output_problems(output: Path) -> list[str]:
+    """Why the folder cannot be written, found before the training; leaves nothing behind."""
+    made: list[Path] = []
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            return [f"{output} exists and is not empty: choose another --output."]
+        if os.path.ismount(output):
+            return [f"--output {output} is where a disk begins: choose a folder inside it."]
+        missing = [folder for folder in output.parents if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            made.append(folder)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as probe:
+            (Path(probe) / "probe").write_bytes(b"probe")
+    except OSError as error:
+        return [f"--output {output} cannot be written: {error}. Choose another place."]
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # Another process may have begun to use it.
+                folder.rmdir()
+    return []
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -119,6 +119,7 @@ def train_style(
     style = style or "llama3"
     if style not in STYLES:
         raise UserError(f"unknown --style: got {style!r}, expected one of {', '.join(STYLES)}.")
+    check_vocab_size(vocab_size, style, copied is not None)
     if style == "llama2":
         backend = _train_llama2(texts, vocab_size, copied, character_coverage)
     else:
@@ -126,6 +127,24 @@ def train_style(
     if copied is not None:
         backend = _with_parts(backend, copied, name, style)
     return _wrapped(backend, STYLES[style])
+
+
+def check_vocab_size(vocab_size: int, style: str, has_reference: bool) -> None:
+    """Raises UserError for a size too small for any text."""
+    reserved = _reserved(style, has_reference)
+    least = reserved + (style == "llama2")
+    if vocab_size < least:
+        what = "256 bytes and " if style == "llama3" else "a character, 256 byte tokens and "
+        raise UserError(
+            f"--vocab_size {vocab_size} is too small: {what}{reserved - 256} special tokens need "
+            f"at least {least}."
+        )
+
+
+def _reserved(style: str, has_reference: bool) -> int:
+    """The ids that no text decides: of bytes and of special tokens."""
+    # llama2 without a reference has the substitute, too.
+    return len(STYLES[style].special) + 256 + (style == "llama2" and not has_reference)
 
 
 def _train_llama2(
@@ -162,7 +181,7 @@ def _train_llama2(
         parts = [reference.pre_tokenizer] if reference.pre_tokenizer else []
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*parts, units])
     alphabet = _alphabet(texts(), coverage, None if copied is None else tokenizer)
-    reserved = len(style.special) + len(_BYTE_TOKENS) + (copied is None)
+    reserved = _reserved("llama2", copied is not None)
     if vocab_size < reserved + len(alphabet):
         raise UserError(
             f"--vocab_size {vocab_size} is too small: 256 byte tokens, {reserved - 256} special "
@@ -262,12 +281,6 @@ def _train_llama3(texts: Texts, vocab_size: int, copied: dict[str, Any] | None) 
 
     style = STYLES["llama3"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    least = len(alphabet) + len(style.special)
-    if vocab_size < least:
-        raise UserError(
-            f"--vocab_size {vocab_size} is too small: 256 bytes and {len(style.special)} special "
-            f"tokens need at least {least}."
-        )
     tokenizer = Tokenizer(models.BPE())
     if copied is None:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

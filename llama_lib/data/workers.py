@@ -42,17 +42,21 @@ class WorkerPool(Generic[Item, Result]):
 
     The function takes an item and a `report`, to tell how far it is; both it and `setup` have to
     be of a module, since they are pickled. With one worker, or none, the work is done in this
-    process. Processes are started here and not by multiprocessing, whose children import the
+    process; with `apart` one worker is a process as well, for a program that is busy itself.
+    Processes are started here and not by multiprocessing, whose children import the
     program's main module again: that of a training run brings torch and all it needs.
     """
 
-    def __init__(self, setup: Setup[Item, Result], workers: int) -> None:
+    def __init__(self, setup: Setup[Item, Result], workers: int, apart: bool = False) -> None:
         self._setup = setup
         self._work: Work[Item, Result] | None = None
         self._processes: dict[Connection, subprocess.Popen[bytes]] = {}
         try:
-            for _ in range(workers if workers > 1 else 0):
+            for _ in range(workers if apart or workers > 1 else 0):
                 self._start()
+            # A large setup fills the pipe until it is read: only now do all processes come up.
+            for worker in list(self._processes):
+                self._send(worker, setup)
         except BaseException:
             self.close()
             raise
@@ -140,7 +144,6 @@ class WorkerPool(Generic[Item, Result]):
                 env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
         self._processes[ours] = process
-        self._send(ours, self._setup)
 
     def _send(self, worker: Connection, value: Any) -> None:
         try:

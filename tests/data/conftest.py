@@ -5,11 +5,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from llama_lib.data.readers import TextFile
 from llama_lib.data.tokenizer import save_tokenizer, train_tokenizer
+from llama_lib.errors import UserError
 
 WriteJsonl = Callable[..., Path]
+
+
+def parquet(folder: Path, columns: dict) -> Path:
+    path = folder / "data.parquet"
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def problem(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        list(TextFile(path))
+    return str(caught.value)
 
 
 @pytest.fixture(scope="session")

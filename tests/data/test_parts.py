@@ -1,5 +1,6 @@
 """The parts of a file hold every record of it once, in order, whatever their size."""
 
+import errno
 import gzip
 import json
 import random
@@ -12,7 +13,7 @@ import pytest
 
 from llama_lib.data.parts import Part, is_seekable, parts_of
 from llama_lib.data.readers import TextFile
-from llama_lib.errors import UserError
+from llama_lib.errors import RunError, UserError
 
 
 def texts_of(parts: list[Part], skip_bad_lines: bool = False) -> list[str]:
@@ -154,6 +155,18 @@ def test_only_a_part_may_be_without_a_record(tmp_path: Path) -> None:
     assert texts_of(parts_of(path, 16)) == []
     with pytest.raises(UserError, match="is empty"):
         texts_of(parts_of(path, 64))
+
+
+def test_cutting_a_file_on_a_disk_that_fails_is_no_mistake_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.ETIMEDOUT, "Connection timed out")
+
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    monkeypatch.setattr(pq, "ParquetFile", fails)
+    with pytest.raises(RunError, match=r"a\.parquet cannot be read: .*timed out"):
+        parts_of(tmp_path / "a.parquet", 10)
 
 
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:

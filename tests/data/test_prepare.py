@@ -1,5 +1,6 @@
 """From files to a prepared dataset: contents, held-out text, cache, refusals, faults."""
 
+import errno
 import gzip
 import json
 import os
@@ -10,15 +11,28 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from llama_lib.data import assemble, build, fates, tokenise, tokenised
+from llama_lib.data import (
+    assemble,
+    build,
+    estimate,
+    fates,
+    progress,
+    tokenise,
+    tokenised,
+    work_folder,
+)
 from llama_lib.data import prepare as prepare_module
 from llama_lib.data.inspect import main as inspect_main
-from llama_lib.data.once import once
+from llama_lib.data.once import Turn, once
 from llama_lib.data.prepare import PrepareRequest, main, prepare
 from llama_lib.data.prepared import PreparedDataset, unigram_entropy
+from llama_lib.data.sources import Source
+from llama_lib.data.work_folder import alone_at
 from llama_lib.errors import RunError, UserError
 
 REDPAJAMA = Path(__file__).parents[3] / "shared" / "data" / "redpajama"
@@ -95,6 +109,30 @@ def test_eval_data_is_never_trained_on(request_for, write_jsonl, tokenizer_path)
     assert texts_of(dataset.held_out, tokenizer_path) == ["two", "four"]
     with pytest.raises(UserError, match="3 of -d are in --eval_data too"):
         prepare(request_for(data, eval_data=[str(data)]))
+
+
+def test_eval_data_of_text_and_tokens_together(
+    request_for, write_jsonl, tokenizer_path, tmp_path, capsys
+) -> None:
+    tokens = prepare(
+        request_for(write_jsonl("t.jsonl", ["three", "six"]), eval_ratio=0, output=tmp_path / "t")
+    )
+    held_out = write_jsonl("held.jsonl", ["two"])
+    data = write_jsonl("a.jsonl", ["one", "two", "three", *(f"{n}" for n in range(90))])
+    capsys.readouterr()
+    words = [str(tokens.path), str(held_out)]
+    dataset = prepare(request_for(data, eval_data=words, eval_ratio=0.5))
+    shown = capsys.readouterr().err
+    assert shown.count("warning: --eval_data") == 1 and f"{tokens.path} holds tokens" in shown
+    # text is excluded by text; by tokens it cannot be; nothing else is held out
+    assert texts_of(dataset, tokenizer_path) == ["one", "three", *(f"{n}" for n in range(90))]
+    assert texts_of(dataset.held_out, tokenizer_path) == ["three", "six", "two"]
+    only_tokens = prepare(request_for(data, eval_data=words[:1], eval_ratio=0.5))
+    assert only_tokens.num_documents == 93
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"--eval_data .* is prepared already.*pretrain\.py"):
+        prepare(request_for(data, eval_data=words, output=out))
+    assert not out.exists()
 
 
 def test_manifest_holds_what_is_promised(request_for, write_jsonl) -> None:
@@ -203,6 +241,43 @@ def test_refusals(request_for, write_jsonl, tmp_path) -> None:
         prepare(request_for(path, cache_dir=tmp_path / "file" / "cache"))
 
 
+def test_all_that_needs_no_data_is_told_at_once(request_for, write_jsonl, tmp_path) -> None:
+    path = write_jsonl("a.jsonl", ["one", "two"])
+    with pytest.raises(UserError) as caught:
+        prepare(
+            request_for(
+                path, seed=-1, num_token=["8:1x"], mixture="slimpyjama", output=tmp_path, workers=-1
+            )
+        )
+    found = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 5
+    for part in ("--seed -1", "8:1x", "slimpyjama", "not empty", "--workers -1"):
+        assert part in found
+    with pytest.raises(UserError, match="needs --mixture"):
+        prepare(request_for(path, num_token=["8:1k"]))
+
+
+def test_weights_are_refused_by_the_command(tmp_path, write_jsonl, tokenizer_path) -> None:
+    words = [f"{write_jsonl(f'{name}.jsonl', ['one'])}:0.5" for name in "ab"]
+    arguments = ["-d", *words, "--tokenizer", str(tokenizer_path), "--output", str(tmp_path / "o")]
+    with pytest.raises(UserError, match=r"weights.*belong to pretrain\.py -d") as caught:
+        main([*arguments, "--seed", "-1"])
+    assert len(caught.value.problems) == 2
+    assert not (tmp_path / "o").exists()
+
+
+def test_file_that_may_not_be_read_is_named(request_for, write_jsonl, monkeypatch) -> None:
+    path = write_jsonl("a.jsonl", ["one"])
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)  # root may read everything
+        with pytest.raises(UserError, match=r"a\.jsonl cannot be read: Permission denied"):
+            prepare_module._file_key(path)
+
+
 def test_bad_line_leaves_nothing_behind(request_for, write_jsonl, tmp_path) -> None:
     path = write_jsonl("a.jsonl", ["one", 2])
     with pytest.raises(UserError, match=r"a\.jsonl line 2"):
@@ -210,17 +285,42 @@ def test_bad_line_leaves_nothing_behind(request_for, write_jsonl, tmp_path) -> N
     assert not list((tmp_path / "cache" / "prepared").iterdir())
 
 
-def test_too_small_a_disk_is_seen_before_the_start(request_for, write_jsonl, monkeypatch) -> None:
+def test_too_small_a_disk_is_seen_before_the_start(
+    request_for, write_jsonl, monkeypatch, capsys
+) -> None:
     path = write_jsonl("a.jsonl", ["one two three"] * 100)
     usage = shutil.disk_usage(path)
     # Two bytes per token, a token per character here, and parts and their assembled copy are
-    # there at once: what is enough for one is not for both.
-    size = path.stat().st_size
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: usage._replace(free=3 * size))
+    # there at once. The bytes around the text do not count.
+    needed = 2 * 2 * 13 * 100
+
+    def free(num_bytes: int) -> None:
+        found = usage._replace(free=num_bytes)
+        monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: found)
+
+    free(needed // 6)
     with pytest.raises(UserError, match=r"GiB free.*--cache_dir"):
         prepare(request_for(path))
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: usage._replace(free=5 * size))
+    # Only what surely does not fit is refused: the size is an estimate.
+    free(needed * 9 // 10)
     prepare(request_for(path))
+    assert "warning: " in capsys.readouterr().err
+    free(needed * 11 // 10)
+    prepare(request_for(path, eval_ratio=0))
+    assert "warning: " not in capsys.readouterr().err
+
+
+def test_text_in_files_is_measured_whatever_their_kind(write_jsonl, tmp_path) -> None:
+    texts = [f"the cat {n} sat " * 30 for n in range(3000)]
+    expected = sum(map(len, texts))
+    plain = write_jsonl("plain.jsonl", texts)
+    paths = [plain, tmp_path / "packed.jsonl.gz", tmp_path / "table.parquet"]
+    paths[1].write_bytes(gzip.compress(plain.read_bytes()))
+    table = pa.table({"text": texts, "other": ["x" * 500 + str(n) for n in range(3000)]})
+    pq.write_table(table, paths[2], use_dictionary=False)
+    sources = [Source(path.name, (path,)) for path in paths]
+    for name, found in estimate.text_bytes(sources).items():
+        assert found == pytest.approx(expected, rel=0.25), name
 
 
 @pytest.mark.parametrize("damage", ["manifest", "version", "foreign", "tokens", "unfinished"])
@@ -349,6 +449,67 @@ def test_one_of_two_processes_prepares_and_the_other_waits(
     assert [process.returncode for process in both] == [0, 0]
     assert sorted("prepared" in message for message in messages) == [False, True]
     assert PreparedDataset.open(out).num_documents == 2
+
+
+def test_processes_with_other_caches_and_options_take_turns(
+    write_jsonl, tmp_path, tokenizer_path
+) -> None:
+    path = write_jsonl("a.jsonl", ["one", "two", "three"])
+    out = tmp_path / "out"
+    with alone_at(out):
+        caches = [["--cache_dir", str(tmp_path / name)] for name in "xy"]
+        caches.append(["--cache_dir", str(tmp_path / "z"), "--dedup"])
+        all_three = [started(path, tokenizer_path, tmp_path, *more) for more in caches]
+        for process in all_three:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            assert f"waiting for another process that prepares {out}" in line
+        assert not out.exists() and not list(tmp_path.glob("out.work-*"))
+    messages = [process.communicate(timeout=60)[1] for process in all_three]
+    codes = [process.returncode for process in all_three]
+    assert sum("prepared" in message for message in messages) >= 1
+    done = PreparedDataset.open(out)
+    if done.manifest["options"]["dedup"]:
+        assert codes[2] == 0 and 0 not in codes[:2]
+    else:
+        assert codes[:2] == [0, 0] and codes[2] != 0
+        assert "other text, tokenizer or options" in messages[2]
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_file_system_without_locks_is_refused_by_name(tmp_path, monkeypatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(work_folder.fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"without file locks.*--output"), alone_at(tmp_path / "o"):
+        raise AssertionError("went on without a lock")
+
+
+def test_those_who_wait_hear_of_both_stages_and_of_failures(
+    request_for, write_jsonl, tmp_path, monkeypatch
+) -> None:
+    paths = [write_jsonl(f"{n}.jsonl", [f"{n} {m} cats" for m in range(99)]) for n in range(20)]
+    monkeypatch.setattr(progress, "_REPORT_SECONDS", 0.0)
+    reports: list[dict] = []
+    true = Turn.report
+    monkeypatch.setattr(
+        Turn, "report", lambda self, **state: (reports.append(state), true(self, **state))[0]
+    )
+    prepare(request_for(*paths, workers=1))
+    percents = [state["percent"] for state in reports if "percent" in state]
+    assert percents == sorted(percents) and percents[-1] == 100
+    assert any(percent < 90 for percent in percents) and any(90 < p < 100 for p in percents)
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build, "_write_manifest", broken)
+    with pytest.raises(RunError, match=r"disk of .* is full"):
+        prepare(request_for(*paths, workers=1, eval_ratio=0.1))
+    assert "is full" in reports[-1]["broken"]
+    with pytest.raises(RunError, match="is full"):
+        prepare_module._raise_failure(Turn(tmp_path / "board", reports[-1]))
 
 
 @pytest.mark.skipif(not REDPAJAMA.is_dir(), reason="needs the shared RedPajama samples")

@@ -84,7 +84,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, tokenizer_path: Path
         path = tmp_path / f"{name}.jsonl"
         with path.open("w") as file:
             for number in range(times):
-                text = f"the cat {number} sat on mat {number % 77} " * 15
+                # Texts differ, their words do not: gigatoken remembers words, up to a limit.
+                text = f"the cat {number % 500} sat on mat {number // 500} " * 15
                 file.write(json.dumps({"text": text}) + "\n")
         arguments = ["-d", str(path), "--tokenizer", str(tokenizer_path), "--workers", "2"]
         arguments += ["--output", str(tmp_path / f"out-{name}"), "--cache_dir", str(tmp_path / "c")]

@@ -3,19 +3,15 @@
 import gzip
 import json
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 
 from llama_lib.data.readers import TextFile
-from llama_lib.errors import UserError
+from llama_lib.errors import RunError, UserError
+from tests.data.conftest import parquet, problem
 
 TEXTS = ["one", 'two "quoted"\n\nwith lines', "\u4f60\u597d \U0001f600", "four" * 1000]
 LINES = "".join(json.dumps({"text": t, "meta": {"n": n}}) + "\n" for n, t in enumerate(TEXTS))
@@ -25,18 +21,6 @@ def written(folder: Path, name: str, content: bytes) -> Path:
     path = folder / name
     path.write_bytes(content)
     return path
-
-
-def parquet(folder: Path, columns: dict) -> Path:
-    path = folder / "data.parquet"
-    pq.write_table(pa.table(columns), path)
-    return path
-
-
-def problem(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        list(TextFile(path))
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -73,17 +57,69 @@ def test_single_record_over_several_lines(tmp_path: Path) -> None:
     assert list(TextFile(path)) == ["alone"]
 
 
+ONE, TWO = b'{"text": "a"}', b'{"text": "b"}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[%s]\n[%s]" % (ONE, TWO),
+        b"[%s][%s]\n\n" % (ONE, TWO),
+        b"[%s],\n[],[%s]\n" % (ONE, TWO),
+        b"[%s]\n%s\n" % (ONE, TWO),
+        b'{\n"text": "a"}\n[%s]' % TWO,
+        b"[%s%s]\n[%s]" % (ONE, b" " * (1 << 21), TWO),
+    ],
+)
+def test_what_follows_an_array_is_read_too(tmp_path: Path, content: bytes) -> None:
+    assert list(TextFile(written(tmp_path, "a.json", content))) == ["a", "b"]
+
+
+@pytest.mark.parametrize("rest", [b"]", b"} x", b"rest of a cut record", b"["])
+def test_what_follows_an_array_and_is_no_json_is_named_by_its_line(
+    tmp_path: Path, rest: bytes
+) -> None:
+    path = written(tmp_path, "a.json", b"[%s,\n%s]\n\n%s\n" % (ONE, TWO, rest))
+    message = problem(path)
+    assert "a.json line 4: " in message or (rest == b"[" and "no closing ]" in message)
+
+
+@pytest.mark.parametrize(
+    ("first", "bad"),
+    [
+        (b"", 0),
+        (b" " * 5000, 0),
+        (b"\xef\xbb\xbf\r\n", 0),
+        (b"a header", 1),
+        (b'nd of a cut record"}', 1),
+        (b'{"text": "cut of', 1),
+        (b'{"text": broken}', 1),
+        (b'{"text": "a"} x', 1),
+        (b'{"text": "\xff"}', 1),
+        (b'\n{"content": "a"}', 1),
+        (b'{"text": "%s" "' % (b"long " * 1000), 1),
+    ],
+)
+def test_json_of_lines_may_begin_with_a_blank_or_bad_one(
+    tmp_path: Path, first: bytes, bad: int
+) -> None:
+    path = written(tmp_path, "a.json", first + b"\n" + LINES.encode())
+    reader = TextFile(path, skip_bad_lines=True)
+    assert list(reader) == TEXTS and reader.bad == bad
+    if bad:
+        number = 2 if first.startswith(b"\n") else 1
+        assert f"a.json line {number}: " in problem(path)
+
+
+@pytest.mark.parametrize("content", [ONE + TWO, ONE + b",\n" + TWO + b",\n", ONE + b" \r\n" + TWO])
+def test_records_joined_in_other_ways(tmp_path: Path, content: bytes) -> None:
+    assert list(TextFile(written(tmp_path, "a.json", content))) == ["a", "b"]
+
+
 def test_array_longer_than_a_chunk(tmp_path: Path) -> None:
     texts = [f"{n} " * 300 for n in range(3000)]
     path = written(tmp_path, "long.json", json.dumps([{"text": t} for t in texts]).encode())
     assert list(TextFile(path)) == texts
-
-
-def test_parquet_reads_the_text_column_only(tmp_path: Path) -> None:
-    path = parquet(tmp_path, {"meta": [{"n": n} for n in range(4)], "text": TEXTS})
-    reader = TextFile(path)
-    assert list(reader) == TEXTS
-    assert reader.position == reader.size
 
 
 def test_clashing_meta_is_no_obstacle(tmp_path: Path) -> None:
@@ -201,11 +237,6 @@ def test_file_with_only_bad_lines_is_an_error_even_when_they_are_skipped(tmp_pat
         list(TextFile(path, skip_bad_lines=True))
 
 
-def test_null_and_wrong_type_in_parquet(tmp_path: Path) -> None:
-    assert "row 2: `text` is null" in problem(parquet(tmp_path, {"text": ["a", None]}))
-    assert "holds int64, expected strings" in problem(parquet(tmp_path, {"text": [1, 2]}))
-
-
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -236,142 +267,20 @@ def test_unreadable_files_end_in_one_sentence(
     assert name in message and reason in message
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_disk_that_fails_is_no_mistake_of_the_user(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/proc/self/mem")  # Reading at its beginning is an EIO.
+    with pytest.raises(RunError, match=rf"{name} cannot be read: .*Input/output error.*start"):
+        list(TextFile(tmp_path / name))
+
+
+def test_folder_in_place_of_a_file_is_a_mistake_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").mkdir()
+    assert "cannot be read" in problem(tmp_path / "a.jsonl")
+
+
 def test_missing_file_is_one_sentence(tmp_path: Path) -> None:
     assert "cannot be read" in problem(tmp_path / "a.parquet")
-
-
-def test_text_of_a_table_that_is_not_utf8(tmp_path: Path) -> None:
-    values = pa.array([b"good", b"b\xffd", b"fine"])
-    texts = pa.Array.from_buffers(pa.string(), 3, values.buffers())
-    path = parquet(tmp_path, {"text": texts})
-    assert "row 2: `text` is not UTF-8 at byte 1" in problem(path)
-    reader = TextFile(path, skip_bad_lines=True)
-    assert list(reader) == ["good", "fine"] and reader.bad == 1
-
-
-@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
-def test_every_kind_of_string_column(tmp_path: Path, kind: pa.DataType) -> None:
-    assert list(TextFile(parquet(tmp_path, {"text": pa.array(TEXTS).cast(kind)}))) == TEXTS
-
-
-def test_text_comes_before_input_ids(tmp_path: Path) -> None:
-    reader = TextFile(parquet(tmp_path, {"input_ids": [[1], [2]], "text": ["a", "b"]}))
-    assert not reader.is_rows and list(reader) == ["a", "b"]
-
-
-ROWS = [[1, 2, 3], [], [4], [31999, 0, 7, 7]]
-MASKS = [[1, 1, 0], [], [1], [0, 1, 1, 0]]
-KEPT = [[1, 2], [], [4], [0, 7]]
-PAIRS = list(zip(ROWS, MASKS, strict=True))
-
-
-def tables(folder: Path, table: pa.Table) -> list[Path]:
-    """The same table as parquet and as both formats of arrow, in several batches."""
-    paths = [folder / "rows.parquet", folder / "stream.arrow", folder / "file.arrow"]
-    pq.write_table(table, paths[0], row_group_size=3)
-    with pa.ipc.new_stream(paths[1], table.schema) as writer:
-        writer.write_table(table, max_chunksize=3)
-    with pa.ipc.new_file(paths[2], table.schema) as writer:
-        writer.write_table(table, max_chunksize=3)
-    return paths
-
-
-@pytest.mark.parametrize(
-    "kind", [pa.list_(pa.int64()), pa.list_(pa.uint16()), pa.large_list(pa.int32())]
-)
-def test_ready_made_rows(tmp_path: Path, kind: pa.DataType) -> None:
-    columns = {"input_ids": pa.array(ROWS, kind), "labels": ROWS, "length": [3, 0, 1, 4]}
-    for path in tables(tmp_path, pa.table(columns)):
-        reader = TextFile(path)
-        assert reader.is_rows
-        found = list(reader)
-        assert [row.tolist() for row in found] == ROWS
-        assert all(row.dtype == np.int64 and row.ndim == 1 for row in found)
-        assert reader.position == reader.size == path.stat().st_size
-
-
-@pytest.mark.parametrize("kind", [pa.list_(pa.int8()), pa.list_(pa.bool_()), pa.list_(pa.int64())])
-def test_what_the_attention_mask_hides_is_left_out(tmp_path: Path, kind: pa.DataType) -> None:
-    masks = pa.array([[bool(m) for m in mask] for mask in MASKS] * 100).cast(kind)
-    table = pa.table({"input_ids": ROWS * 100, "attention_mask": masks})
-    for path in tables(tmp_path, table):
-        assert [row.tolist() for row in TextFile(path)] == KEPT * 100
-
-
-def test_rows_of_fixed_length_and_many(tmp_path: Path) -> None:
-    ids = np.arange(3000 * 16).reshape(3000, 16)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), 16)
-    for path in tables(tmp_path, pa.table({"input_ids": column})):
-        assert np.array_equal(np.stack(list(TextFile(path))), ids)
-
-
-@pytest.mark.parametrize(
-    ("row", "mask", "reason"),
-    [
-        (None, [1], "is null"),
-        ([1, None], [1, 1], "holds a null"),
-        ([1, 2], None, "is null"),
-        ([1, 2], [1], "`input_ids` has 2 numbers, `attention_mask` 1"),
-    ],
-)
-def test_bad_rows_are_named_or_counted(
-    tmp_path: Path, row: list | None, mask: list | None, reason: str
-) -> None:
-    table = pa.table(
-        {"input_ids": [*ROWS, row, *ROWS], "attention_mask": [*MASKS, mask, *MASKS]},
-        pa.schema({"input_ids": pa.list_(pa.int64()), "attention_mask": pa.list_(pa.int64())}),
-    )
-    for path in tables(tmp_path, table):
-        message = problem(path)
-        assert "row 5: " in message and reason in message
-        reader = TextFile(path, skip_bad_lines=True)
-        assert [row.tolist() for row in reader] == KEPT + KEPT
-        assert reader.bad == 1
-
-
-@pytest.mark.parametrize(
-    ("labels", "bad"),
-    [
-        (ROWS, 0),
-        ([None] * len(ROWS), 0),
-        # Hidden by the mask as well: padding.
-        ([[i if m else -100 for i, m in zip(*pair, strict=True)] for pair in PAIRS], 0),
-        ([[-100] * len(row) for row in ROWS], 3),  # one row is empty
-    ],
-)
-def test_rows_whose_labels_hide_visible_tokens_are_bad(
-    tmp_path: Path, labels: list, bad: int
-) -> None:
-    """They were made for fine-tuning: here every token would be learnt, prompts included."""
-    table = pa.table({"input_ids": ROWS, "attention_mask": MASKS, "labels": labels})
-    for path in tables(tmp_path, table):
-        reader = TextFile(path, skip_bad_lines=True)
-        assert len(list(reader)) == len(ROWS) - bad
-        assert reader.bad == bad
-        if bad:
-            assert "row 1: `labels` hides tokens from the loss" in problem(path)
-
-
-@pytest.mark.parametrize(
-    ("columns", "reason"),
-    [
-        ({"input_ids": [[1.5]]}, "`input_ids` holds list<.*double>, expected lists of whole"),
-        ({"input_ids": [[[1]]]}, "`input_ids` holds list<.*expected lists of whole numbers"),
-        ({"input_ids": [1]}, "`input_ids` holds int64, expected lists"),
-        ({"input_ids": [[1]], "attention_mask": [1.0]}, "`attention_mask` holds double"),
-    ],
-)
-def test_columns_that_hold_no_rows(tmp_path: Path, columns: dict, reason: str) -> None:
-    path = parquet(tmp_path, columns)
-    with pytest.raises(UserError, match=reason):
-        list(TextFile(path))
-    with pytest.raises(UserError, match=reason):
-        assert TextFile(path).is_rows
-
-
-def test_table_without_rows(tmp_path: Path) -> None:
-    for path in tables(tmp_path, pa.table({"text": pa.array([], pa.string())})):
-        assert "is empty" in problem(path)
 
 
 def test_memory_stays_flat(tmp_path: Path) -> None:
@@ -387,39 +296,3 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2_000_000
-
-
-PEAK = """
-import sys
-from pathlib import Path
-import pyarrow.parquet
-from llama_lib.data.readers import TextFile
-def peak():
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
-before = peak()
-print(sum(len(record) for record in TextFile(Path(sys.argv[1]))), peak() - before)
-"""
-
-
-@pytest.mark.full
-def test_memory_does_not_grow_with_a_table(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    rows = rng.integers(0, 32_000, (6000, 8192), dtype=np.int32)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), 8192)
-    text = pa.array([rng.bytes(2500).hex() for _ in range(50_000)])
-    for table in (pa.table({"input_ids": column}), pa.table({"text": text})):
-        # 200 and 250 MB; without a size of their own row groups are larger than that.
-        with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
-            writer.write_table(table, max_chunksize=500)
-        with pa.ipc.new_file(tmp_path / "b.arrow", table.schema) as writer:
-            writer.write_table(table, max_chunksize=500)
-        pq.write_table(table, tmp_path / "one.parquet", compression="none")
-        pq.write_table(table, tmp_path / "many.parquet", row_group_size=500, compression="none")
-        paths = [tmp_path / name for name in ("a.arrow", "b.arrow", "one.parquet", "many.parquet")]
-        for path in paths:
-            done = subprocess.run(
-                [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True
-            )
-            length, peak = map(int, done.stdout.split())
-            assert length > 45_000_000
-            assert peak < 110_000_000, path

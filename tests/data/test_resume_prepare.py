@@ -1,12 +1,15 @@
 """Preparing is killed at several moments in a real process, and goes on where it was."""
 
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,8 @@ from llama_lib.data import tokenised
 from llama_lib.data.parts import parts_of
 from llama_lib.data.prepare import PrepareRequest, prepare
 from llama_lib.data.tokenised import tokens_path
-from llama_lib.errors import UserError
+from llama_lib.data.work_folder import remove_others
+from llama_lib.errors import RunError, UserError
 
 # Small parts, so that there are many; the first argument is how long to wait for each, in both
 # stages, so that there is time to kill.
@@ -207,6 +211,91 @@ def test_other_text_starts_over(data, tokenizer_path, tmp_path) -> None:
     messages = case.finish()
     assert "are there already" not in messages
     assert not stale.exists() and case.out.is_dir()
+
+
+def test_a_container_with_another_name_continues_and_other_folders_stay(
+    data, tokenizer_path, tmp_path, expected
+) -> None:
+    case = Case(tmp_path, data, tokenizer_path, workers=1)
+    case.kill_when(lambda: case.has_parts(5))
+    assert socket.gethostname() not in case.work.name
+    assert (tmp_path / "out.lock").exists(), "left by the killed process, and held by nobody"
+    foreign = [tmp_path / "out.work-final", tmp_path / "out2.work-01234567"]
+    stale = tmp_path / "out.work-01234567"
+    for folder in (*foreign, stale):
+        folder.mkdir()
+    assert "are there already" in case.finish()
+    assert files_of(case.out) == expected
+    assert all(folder.is_dir() for folder in foreign) and not stale.exists()
+    assert sorted(path.name for path in tmp_path.glob("out.*")) == ["out.work-final"]
+
+
+def test_a_pattern_in_the_name_of_the_output_matches_no_other_work(tmp_path: Path) -> None:
+    others = [tmp_path / "a.work-00000000", tmp_path / "b.work-00000000"]
+    own = tmp_path / "[ab].work-00000000"
+    for folder in (*others, own):
+        folder.mkdir()
+    remove_others(tmp_path / "[ab]", tmp_path / "[ab].work-11111111")
+    assert all(folder.is_dir() for folder in others) and not own.exists()
+
+
+def test_trouble_that_is_not_of_the_text_keeps_the_parts(
+    data, tokenizer_path, tmp_path, expected, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(tokenised, "PART_BYTES", 10_000)
+    request = PrepareRequest(
+        [str(path) for path in data],
+        tokenizer=str(tokenizer_path),
+        cache_dir=tmp_path / "c",
+        output=tmp_path / "out",
+        eval_ratio=0.1,
+        workers=1,
+        dedup=True,
+    )
+    true = tokenised._write_part
+    for number, error in ((4, RunError("cannot be read")), (8, OSError(errno.EIO, "I/O error"))):
+
+        def failing(encoder, folder, part, *more, number=number, error=error):  # type: ignore[no-untyped-def]
+            if part == number:
+                raise error
+            return true(encoder, folder, part, *more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenised, "_write_part", failing)
+            with pytest.raises(RunError, match=r"cannot be read|I/O error.*is kept"):
+                prepare(request)
+        (work,) = tmp_path.glob("out.work-*")
+        assert len(list(work.glob("part-*.json"))) == number
+    # A refusal of the options, when all is tokenised: other options go on from there.
+    with pytest.raises(UserError, match=r"shorter than --min_length(.|\n)*is kept in"):
+        prepare(replace(request, min_length=100_000))
+    capsys.readouterr()
+    prepare(request)
+    assert "tokenising: 100% are there already" in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == expected
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_nobody_waits_for_the_one_very_long_file(
+    data, tokenizer_path, tmp_path, monkeypatch
+) -> None:
+    """However many parts come behind it: all of them may be begun before it is done."""
+    monkeypatch.setattr(tokenised, "PART_BYTES", 2000)
+    numbers: list[tuple[int, int]] = []
+
+    class SpiedPool(tokenised.WorkerPool):  # type: ignore[type-arg, misc]
+        def map(self, items, on_report, ahead):  # type: ignore[no-untyped-def]
+            numbers.append((len(items), ahead))
+            return super().map(items, on_report, ahead)
+
+    monkeypatch.setattr(tokenised, "WorkerPool", SpiedPool)
+    prepare(
+        PrepareRequest(
+            [str(path) for path in data], str(tokenizer_path), cache_dir=tmp_path, workers=2
+        )
+    )
+    ((parts, ahead),) = numbers
+    assert parts > 2 * 64 and ahead >= parts
 
 
 def test_bad_line_in_any_part_is_named_and_leaves_nothing(

@@ -1,7 +1,15 @@
 """Which documents are trained on: lengths, duplicates, subsets, budgets; each reason counted."""
 
+import contextlib
+import errno
 import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +23,8 @@ from llama_lib.data.dedup import Duplicates
 from llama_lib.data.draw import Draw, drawn
 from llama_lib.data.prepare import PrepareRequest, prepare
 from llama_lib.data.prepared import PreparedDataset
-from llama_lib.data.tokenised import DOCUMENT
+from llama_lib.data.sources import Source
+from llama_lib.data.tokenised import DOCUMENT, Stored, Tokenised
 from llama_lib.errors import UserError
 
 
@@ -173,6 +182,99 @@ def test_subset_is_drawn_after_the_filters_and_before_the_split(request_for, wri
     assert left_out(dataset) == {"duplicates": 49, "not_drawn": 40}
 
 
+def test_limit_of_one_shard_leaves_the_other_whole(request_for, tmp_path, write_jsonl) -> None:
+    paths = [
+        write_jsonl(f"x-0000{n}-of-00002.jsonl", [f"{n} {m}" for m in range(20)]) for n in range(2)
+    ]
+    dataset = prepare(request_for(f"{paths[0]}[5]", paths[1]))
+    assert Counter(text[0] for text in texts_of(dataset)) == {"0": 5, "1": 20}
+    # without a limit the shards are one source, also after they were two
+    assert prepare(request_for(*paths)).sources == ["x"]
+
+
+def limited_to(num_bytes: int) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def limited() -> Iterator[None]:
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, unlimited[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    return limited()
+
+
+def test_hashes_that_cannot_be_written_give_an_error_with_its_number(tmp_path) -> None:
+    hashes = np.arange(50_000, dtype=">u8").repeat(2).view("S16")
+    with (
+        Duplicates(tmp_path / "hashes", len(hashes)) as duplicates,
+        limited_to(1 << 16),
+        pytest.raises(OSError) as caught,
+    ):
+        duplicates.add(hashes, np.arange(len(hashes)))
+    assert caught.value.errno == errno.EFBIG
+
+
+SMALL_DISK = """
+import sys
+from llama_lib.data.prepare import main
+from llama_lib.errors import LlamaLibError
+try:
+    main(sys.argv[1:])
+except LlamaLibError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_room_for_the_fates_is_taken_before_they_are_mapped(small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(1900 << 10))
+    stored = Stored(0, "a", 0, 1, 1 << 20, 1, 0, 0, "", False, 0, 0)
+    source = Tokenised(Source("a", (small_disk,)), ((small_disk, (stored,)),))
+    # Writing to a page of a file that the disk has no room for ends a process by SIGBUS.
+    with pytest.raises(OSError) as caught:
+        fates.Fates([source], small_disk, fates.Rules())
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_disk_that_is_full_at_any_moment_gives_one_clean_error(
+    small_disk: Path, tmp_path, write_jsonl, tokenizer_path
+) -> None:
+    path = write_jsonl("a.jsonl", [f"cat {n}" for n in range(12_000)])
+    arguments = ["-d", str(path), "--tokenizer", str(tokenizer_path), "--dedup", "--workers", "1"]
+    arguments += ["--cache_dir", str(tmp_path / "cache"), "--output", str(small_disk / "out")]
+    filler = small_disk / "filler"
+    endings = set()
+    # Tokens 190 KB, what is known of the documents 290 KB, fates 12 KB, hashes 290 KB, result.
+    for left in (100, 300, 485, 495, 600, 900):
+        filler.write_bytes(bytes((2048 - left) << 10))
+        done = subprocess.run(
+            [sys.executable, "-c", SMALL_DISK, *arguments], capture_output=True, text=True
+        )
+        assert done.returncode in (0, 1), f"{left} KiB: {done.returncode} {done.stderr}"
+        if done.returncode:
+            assert "RunError: " in done.stderr and "is full. Free space" in done.stderr, left
+        endings.add(done.returncode)
+        shutil.rmtree(small_disk / "out", ignore_errors=True)
+    filler.unlink()
+    done = subprocess.run([sys.executable, "-c", SMALL_DISK, *arguments], capture_output=True)
+    assert done.returncode == 0 and 1 in endings
+
+
 def test_memory_of_the_choice_does_not_grow(request_for, write_jsonl, monkeypatch) -> None:
     """What is read at a time is a chunk, whatever the size of a part."""
     path = write_jsonl("a.jsonl", [f"{n}" for n in range(1000)])
@@ -250,12 +352,15 @@ def test_budget_cuts_rows_of_each_source(
     budget = dataset.manifest["budget"]
     assert budget["rows"]["book"]["64"] == {"asked": 12, "made": 12}
     assert dataset.file_of("wiki", 7) == "wiki.jsonl"
+    # As for ready-made rows: which of the bytes offered a row has taken is not known.
+    assert dataset.manifest["bytes"] == 0 == dataset.manifest["sources"]["book"]["bytes"]
+    assert dataset.held_out.manifest["bytes"] == sum(map(len, kept_aside))
     other = prepare(request_for(*paths, **options, eval_ratio=0.05, seed=5))
     assert other.manifest_hash != dataset.manifest_hash
 
 
 def test_budget_that_the_text_cannot_fill_is_said_before_and_after(
-    request_for, write_jsonl, mixture, capsys
+    request_for, write_jsonl, mixture, tmp_path, capsys
 ) -> None:
     paths = [write_jsonl(f"{name}.jsonl", ["the cat sat"] * 40) for name in ("book", "wiki")]
     dataset = prepare(request_for(*paths, num_token=["16:4k"], mixture=mixture))
@@ -264,6 +369,10 @@ def test_budget_that_the_text_cannot_fill_is_said_before_and_after(
     assert rows["asked"] == 188 and rows["made"] == dataset.readers["book"].num_tokens // 16
     assert "book: 3,008 tokens are asked for, its text has about" in shown
     assert f"book: {rows['made']:,} of 188 rows of 16 tokens made" in shown
+    nothing = tmp_path / "nothing.json"
+    nothing.write_text(json.dumps({"book": 0, "wiki": 0, "c4": 100}))
+    with pytest.raises(UserError, match=r"gives 0 percent to all there is \(book, wiki\)"):
+        prepare(request_for(*paths, num_token=["16:4k"], mixture=str(nothing)))
     with pytest.raises(UserError, match="no row could be made"):
         prepare(request_for(*paths, num_token=["100000:1m"], mixture=mixture))
 

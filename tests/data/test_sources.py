@@ -76,6 +76,118 @@ def test_refusals_name_the_mend(tmp_path: Path, write_jsonl: WriteJsonl) -> None
     assert "found .txt, expected .jsonl" in refusal(tmp_path / "texts")
 
 
+def test_links_to_blobs_keep_the_names_that_were_given(
+    tmp_path: Path, write_jsonl: WriteJsonl
+) -> None:
+    """Snapshot folders of the hub's cache and DVC's files are such links."""
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for name, text in (("wiki.jsonl", "w"), ("books.jsonl", "b")):
+        blob = write_jsonl(f"blobs/{name[::-1].encode().hex()}", [text])
+        (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
+    assert names(snapshot) == ["books", "wiki"]
+    assert names(snapshot / "wiki.jsonl", snapshot / "b*") == ["wiki", "books"]
+    sources = resolve(str(snapshot), tmp_path)
+    assert [source.files for source in sources] == [
+        (snapshot / "books.jsonl",),
+        (snapshot / "wiki.jsonl",),
+    ]
+    assert [list(records(source)) for source in sources] == [["b"], ["w"]]
+
+
+def test_files_are_absolute_behind_links_and_dots(
+    tmp_path: Path, write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl("real/deep/a.jsonl", ["right"])
+    write_jsonl("a.jsonl", ["wrong"])
+    (tmp_path / "link").symlink_to("real/deep")
+    write_jsonl("real/b.jsonl", ["beside"])
+    monkeypatch.chdir(tmp_path)
+    (source,) = resolve("link/a.jsonl", tmp_path)
+    assert source.files == (tmp_path / "link" / "a.jsonl",)
+    # `..` is the folder above the link's target.
+    (source,) = resolve("link/../b.jsonl", tmp_path)
+    assert source.files == (tmp_path / "real" / "b.jsonl",)
+    (source,) = resolve("real/../real/./deep/a.jsonl", tmp_path)
+    assert source.files == (path,)
+
+
+def test_a_link_whose_own_name_has_no_ending(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
+    path = write_jsonl("data.jsonl", ["x"])
+    (tmp_path / "newest").symlink_to(path)
+    assert names(tmp_path / "newest") == ["data"]
+
+
+def test_a_file_given_twice_by_a_link_names_both(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
+    path = write_jsonl("a.jsonl", ["x"])
+    (tmp_path / "b.jsonl").symlink_to(path)
+    assert f"{path} and {tmp_path}/b.jsonl are the same file" in refusal(tmp_path)
+
+
+def test_linked_folders_are_read_once_each(
+    tmp_path: Path, write_jsonl: WriteJsonl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl("elsewhere/far/c.jsonl", ["c"])
+    write_jsonl("data/a/a.jsonl", ["a"])
+    write_jsonl("data/.store/b.jsonl", ["b"])
+    for link, target in {
+        "data/link": "../elsewhere",
+        "data/again": "../elsewhere/far",
+        "data/0": "a",  # of what is there anyway, the real folder is read
+        "data/a/up": "..",
+        "elsewhere/round": "../data",
+        "elsewhere/far/above": "../..",
+        "data/hidden": ".store",
+    }.items():
+        (tmp_path / link).symlink_to(target)
+    sources = resolve(str(tmp_path / "data"), tmp_path)
+    assert [source.name for source in sources] == ["a", "c", "b"]
+    files = [str(file.relative_to(tmp_path)) for source in sources for file in source.files]
+    assert files == ["data/a/a.jsonl", "data/again/c.jsonl", "data/hidden/b.jsonl"]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_folder_holds_and_is_not_read_is_said_once(
+    tmp_path: Path, write_jsonl: WriteJsonl, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    write_jsonl("data/a.jsonl", ["a"])
+    for name in ("b.jsonl.xz", "deep/c.jsonl.xz", "notes.txt", "data.bin", "noending"):
+        write_jsonl(f"data/{name}", ["x"])
+    for name in ("README.md", "LICENSE", ".gitattributes", ".hidden.txt", "deep/readme.txt"):
+        write_jsonl(f"data/{name}", ["x"])
+    (tmp_path / "data" / "dataset_infos.json").write_text('{"default": {}}')
+    (tmp_path / "data" / "gone.jsonl").symlink_to("nowhere.jsonl")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert names(tmp_path / "data") == ["a"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert names(tmp_path / "data") == names(tmp_path / "data") == ["a"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}/data: not read: 2 .jsonl.xz, 1 ")
+    for kind in ("1 .txt", "1 .bin", "1 noending", "1 link to nothing"):
+        assert kind in line
+    for name in ("README", "LICENSE", "git", "infos", "2 .txt"):
+        assert name not in line
+
+
+def test_a_folder_of_companions_alone_is_quiet(
+    write_jsonl: WriteJsonl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl("data/a.jsonl", ["a"])
+    write_jsonl("data/README.md", ["x"])
+    assert names(tmp_path / "data") == ["a"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pattern_that_matches_a_link_to_nothing_is_refused(
+    tmp_path: Path, write_jsonl: WriteJsonl
+) -> None:
+    write_jsonl("a.jsonl", ["a"])
+    (tmp_path / "b.jsonl").symlink_to("nowhere.jsonl")
+    assert "b.jsonl is a link to nothing" in refusal(tmp_path / "*.jsonl")
+
+
 def test_all_problems_come_in_one_message(tmp_path: Path) -> None:
     message = refusal(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     assert "a.jsonl" in message and "b.jsonl" in message

@@ -1,12 +1,17 @@
 """Loading, hashing, saving and refusing tokenizers, and the one trained on the sample."""
 
 import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
+from llama_lib.data.once import beside
+from llama_lib.data.sample import write_sample
 from llama_lib.data.tokenizer import (
     check_vocabulary,
     fast_tokenizer,
@@ -80,6 +85,65 @@ def test_bad_tokenizers_are_refused(tmp_path: Path) -> None:
     assert fast_tokenizer(str(tmp_path / "no_eos")).is_fast
     with pytest.raises(UserError, match=r"no tokenizer can be loaded .* with --compare\."):
         fast_tokenizer(str(tmp_path / "absent"), flag="--compare")
+
+
+@pytest.mark.parametrize("damage", ["cut", "no tokenizer", "settings"])
+def test_damaged_tokenizer_is_one_short_line(
+    tokenizer_path: Path, tmp_path: Path, damage: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tokenizer_path, folder)
+    content = (folder / "tokenizer.json").read_text()
+    if damage == "cut":
+        (folder / "tokenizer.json").write_text(content[: len(content) // 2])
+    elif damage == "no tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
+    else:
+        (folder / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(folder))
+    message = str(caught.value)
+    assert "no tokenizer can be loaded from" in message and message.endswith("--tokenizer.")
+    assert "\n" not in message
+
+
+def test_the_list_of_all_models_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="model_type") as caught:
+        load_tokenizer(str(tmp_path))
+    ours = len("no tokenizer can be loaded from ''") + len(str(tmp_path)) + 100
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200 + ours
+
+
+def test_home_folder_is_expanded(tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tokenizer_path.parent))
+    assert len(load_tokenizer(f"~/{tokenizer_path.name}")) == 300
+
+
+def test_equal_process_numbers_on_one_disk_do_not_clash(tmp_path: Path) -> None:
+    """As of two containers; threads have equal ones, too."""
+    old = os.umask(0o022)
+    try:
+        with beside(tmp_path / "a") as first, beside(tmp_path / "a") as second:
+            assert first != second and first.name == second.name == "a"
+            first.write_text("first")
+            second.write_text("second")
+            second.replace(tmp_path / "a")
+            first.replace(tmp_path / "a")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a").read_text() == "first"
+    # Others may read it, and nothing else is left.
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+def test_sample_written_by_many_at_once_is_whole(tmp_path: Path) -> None:
+    expected = [path.read_bytes() for path in write_sample(tmp_path / "alone")]
+    with ThreadPoolExecutor(8) as pool:
+        for paths in pool.map(lambda _: write_sample(tmp_path / "shared"), range(8)):
+            assert [path.read_bytes() for path in paths] == expected
+    assert len(list((tmp_path / "shared").iterdir())) == len(expected)
 
 
 def test_saved_folder_names_its_class_and_holds_what_is_put_beside(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from llama_lib.data.sources import records, resolve
 from llama_lib.data.tokenise import prove
-from llama_lib.data.tokenizer_command import Corpus, main
+from llama_lib.data.tokenizer_command import main
 from llama_lib.data.train_tokenizer import STYLES, train_style
 from llama_lib.errors import UserError
 from tests.data.conftest import WriteJsonl
@@ -369,105 +369,6 @@ def test_references_that_fit_no_style_are_refused(
     with pytest.raises(UserError, match=r"no tokenizer can be loaded .* --compare"):
         main([*run, "--compare", str(tmp_path / "absent")])
     assert not (tmp_path / "out").exists()
-
-
-# -- the command ---------------------------------------------------------------------------------
-
-
-def test_wrong_arguments_are_named_together(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "kept").write_text("kept")
-    flags = ["--style", "gpt2", "--sample_ratio", "0", "--character_coverage", "1.5"]
-    with pytest.raises(UserError) as caught:
-        main(["--output", str(tmp_path / "out"), *flags, "--report_mib", "-1", "-d", "sample[5]"])
-    problems = caught.value.problems
-    assert len(problems) == 6
-    for problem, words in zip(
-        problems,
-        [
-            "expected sample. Draw",
-            "not empty",
-            "expected one of llama2, llama3",
-            "--sample_ratio 0.0",
-            "1.5",
-            "-1.0",
-        ],
-        strict=True,
-    ):
-        assert words in problem
-    assert (tmp_path / "out" / "kept").read_text() == "kept"
-
-
-def test_vocabularies_too_small_are_refused(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
-    data = write_jsonl("text.jsonl", ["abc abc"])
-    run = ["--input", str(data), "--output", str(tmp_path / "out")]
-    with pytest.raises(UserError, match=r"--vocab_size 261 is too small: 256 bytes.* least 262"):
-        main([*run, "--vocab_size", "261"])
-    with pytest.raises(UserError, match=r"--vocab_size 264 .* 4 characters need at least 265"):
-        main([*run, "--vocab_size", "264", "--style", "llama2"])
-    for style, least in (("llama2", 265), ("llama3", 262)):
-        output = ["--output", str(tmp_path / style), "--vocab_size", str(least)]
-        assert main(["--input", str(data), *output, "--style", style]) == 0
-        assert len(AutoTokenizer.from_pretrained(tmp_path / style)) == least
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_input_without_text_is_refused(tmp_path: Path, write_jsonl: WriteJsonl, style: str) -> None:
-    data = write_jsonl("text.jsonl", ["", ""])
-    run = ["--input", str(data), "--style", style, "--vocab_size", "400"]
-    with pytest.raises(UserError, match=r"no text .*--input"):
-        main([*run, "--output", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_bad_lines_are_named_or_counted(
-    tmp_path: Path, write_jsonl: WriteJsonl, style: str
-) -> None:
-    data = write_jsonl("text.jsonl", ["some words here", "and there"])
-    data.write_text(data.read_text() + '{"text": broken\n' + '{"text": "more words"}\n')
-    run = ["--input", str(data), "--style", style, "--vocab_size", "300"]
-    run += ["--output", str(tmp_path / "out")]
-    with pytest.raises(UserError, match=r"text\.jsonl.*line 3"):
-        main(run)
-    assert not (tmp_path / "out").exists()
-    assert main([*run, "--skip_bad_lines"]) == 0
-    source = json.loads((tmp_path / "out" / "report.json").read_text())["sources"]["text"]
-    assert (source["documents"], source["bad_lines"]) == (3, 1)
-
-
-def test_ready_made_rows_are_refused(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"input_ids": [[1, 2, 3]]}), tmp_path / "rows.parquet")
-    with pytest.raises(UserError, match=r"rows\.parquet holds ready-made rows"):
-        main(["--input", str(tmp_path / "rows.parquet"), "--output", str(tmp_path / "out")])
-
-
-def test_too_little_text_is_said(
-    tmp_path: Path, write_jsonl: WriteJsonl, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = write_jsonl("text.jsonl", ["abc abc"])
-    main(["-d", str(data), "--vocab_size", "5000", "--output", str(tmp_path / "out")])
-    size = len(AutoTokenizer.from_pretrained(tmp_path / "out"))
-    assert f"the text gives no more than {size} of 5000 ids" in capsys.readouterr().out
-    # No style is named: it is llama3.
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").bos_token == "<|begin_of_text|>"
-
-
-def test_sample_ratio_draws_documents_by_their_text(
-    tmp_path: Path, write_jsonl: WriteJsonl
-) -> None:
-    texts = [f"document number {n}" for n in range(2000)]
-    one = Corpus(resolve(str(write_jsonl("a.jsonl", texts)), tmp_path), sample_ratio=0.25)
-    other = Corpus(resolve(str(write_jsonl("b.jsonl", texts[::-1])), tmp_path), sample_ratio=0.25)
-    drawn = list(one.texts())
-    assert drawn == list(one.texts()) == list(other.texts())[::-1]
-    # Four standard deviations of a binomial draw.
-    assert abs(len(drawn) - 500) < 4 * (2000 * 0.25 * 0.75) ** 0.5
-    assert one.counts["a"]["documents"] == len(drawn)
-    assert one.counts["a"]["bytes"] == sum(map(len, drawn))
 
 
 @pytest.mark.full

@@ -74,6 +74,22 @@ def test_faults_are_told_apart() -> None:
         list(pool.map([1]))
 
 
+def test_all_processes_are_started_before_the_first_gets_its_setup(monkeypatch) -> None:
+    """A setup larger than a pipe holds up whoever sends it until the process has come up."""
+    events: list[str] = []
+    for name in ("_start", "_send"):
+        true = getattr(WorkerPool, name)
+
+        def spied(pool: Any, *arguments: Any, name: str = name, true: Any = true) -> None:
+            events.append(name)
+            true(pool, *arguments)
+
+        monkeypatch.setattr(WorkerPool, name, spied)
+    with WorkerPool(Squares(), 3) as pool:
+        assert events == ["_start"] * 3 + ["_send"] * 3
+        assert [square for square, _ in pool.map([1, 3])] == [1, 9]
+
+
 def test_not_more_is_begun_than_agreed() -> None:
     begun: list[int] = []
 
