@@ -221,10 +221,18 @@ def _open_ready(
     if problems:
         raise UserError(problems)
     opened: dict[int, PreparedDataset] = {}
+    taken: dict[tuple[Path, str], str] = {}
     for number, entry in ready.items():
         dataset = open_tokens(entry.name, tokenizer, request.cache_dir)
         problems += _problems(request, entry.name, dataset)
         opened[number] = dataset
+        places = [(dataset.path.resolve(), name) for name in dataset.sources]
+        if twice := {taken[place] for place in places if place in taken}:
+            problems.append(
+                f"-d {', '.join(sorted(twice))} and -d {entry.text} name the same data: name it "
+                "once."
+            )
+        taken |= dict.fromkeys(places, entry.text)
     if problems:
         raise UserError(problems)
     for number, entry in ready.items():

@@ -231,8 +231,9 @@ def check_tokenizer(dataset: PreparedDataset, tokenizer_hash: str) -> list[str]:
         return []
     return [
         f"{dataset.path} was prepared with another tokenizer (hash {dataset.tokenizer_hash[:16]}, "
-        f"the one given has {tokenizer_hash[:16]}). Leave --tokenizer out to use the one kept in "
-        f"{dataset.tokenizer_path}, or prepare the text again."
+        f"the one used here has {tokenizer_hash[:16]}). All data of a run need one tokenizer: "
+        f"leave out another --tokenizer, to use the one kept in {dataset.tokenizer_path}, or "
+        "prepare the text again."
     ]
 
 

@@ -135,6 +135,11 @@ def test_one_source_of_a_folder(made, request_for) -> None:
     assert one_source(x, "b").manifest_hash != x.manifest_hash
     with pytest.raises(UserError, match="has no source c; it has a, b"):
         prepare(request_for(f"{made[0]}/c"))
+    # Its documents would be trained on twice.
+    with pytest.raises(UserError, match="name the same data: name it once"):
+        prepare(request_for(made[0], f"{made[0]}/b"))
+    both = prepare(request_for(f"{made[0]}/a", f"{made[0]}/b", tokenizer=None))
+    assert sorted(documents(both)) == sorted(documents(x))
 
 
 def test_refusals(made, request_for, tmp_path, write_jsonl) -> None:
