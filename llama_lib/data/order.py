@@ -151,10 +151,6 @@ class RowOrder(Order):
         """Whole rows in so many epochs."""
         return num_epochs * self.num_tokens // self.max_length
 
-    def dropped_tokens(self, num_epochs: int) -> int:
-        """Tokens at the end of so many epochs that fill no row."""
-        return num_epochs * self.num_tokens % self.max_length
-
     def passes(self, num_samples: int) -> float:
         """How many times so many samples go through the documents."""
         return num_samples * self.max_length / self.num_tokens

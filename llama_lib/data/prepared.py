@@ -161,10 +161,6 @@ class PreparedDataset:
         source = int(np.searchsorted(self._first_documents, document, side="right")) - 1
         return self.sources[source], document - int(self._first_documents[source])
 
-    def source_of(self, documents: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        """Numbers (in `sources`) of the sources of these documents."""
-        return np.searchsorted(self._first_documents, documents, side="right") - 1
-
     def file_of(self, source: str, within: int) -> str:
         """Name of the file that document `within` of a source comes from."""
         number = self.readers[source].number_in_file(within)

@@ -40,9 +40,8 @@ def test_no_token_is_lost_or_doubled(max_length: int, num_epochs: int) -> None:
         tokens = row_tokens(order, LENGTHS, sample)
         assert len(tokens) == max_length
         counts.update(tokens)
-    dropped = order.dropped_tokens(num_epochs)
-    assert counts.total() + dropped == num_epochs * TOTAL
-    assert dropped < max_length
+    dropped = num_epochs * TOTAL - counts.total()
+    assert 0 <= dropped < max_length
     # each token once per epoch, but for the few that the end of the run drops
     if max_length <= TOTAL:
         assert set(counts.values()) <= {num_epochs, num_epochs - 1}
