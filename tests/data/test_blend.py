@@ -99,9 +99,9 @@ def test_any_place_is_found_without_walking_to_it() -> None:
         assert (parts[0], numbers[0]) == (all_parts[sample], all_numbers[sample])
         counts = Apportionment(SLIMPAJAMA, 3).counts(sample)
         assert counts == np.bincount(all_parts[:sample], minlength=7).tolist()
-    start = time.perf_counter()
+    start = time.process_time()
     mixture.locate(np.array([10**12]))
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, -1.0)])

