@@ -127,8 +127,8 @@ def test_shares_of_a_blend_are_met_and_reported(
 ) -> None:
     """Two sources 3 to 1, one of them small enough to come round more than once."""
     lines = (dataset.parent / "text.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "large.jsonl").write_text("".join(lines[10:]))
-    (tmp_path / "small.jsonl").write_text("".join(lines[:10]))
+    (tmp_path / "large.jsonl").write_text("".join(lines[3:]))
+    (tmp_path / "small.jsonl").write_text("".join(lines[:3]))
     folder = Folder(tmp_path / "run")
     words = [f"{tmp_path / 'large.jsonl'}:3", f"{tmp_path / 'small.jsonl'}:1"]
     arguments = ["-d", *words, "--tokenizer", str(dataset.parent / "tokenizer")]
