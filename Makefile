@@ -1,5 +1,6 @@
 # make install    .venv with everything training needs
 # make pretrain   install, then train the tiny model on the built-in sample (GPU if there is one)
+# make finetune   install, then make a chat model of what make pretrain left, in two minutes
 # make test       install, lint, types and one test of each kind (under 20 minutes on 2 cores)
 # make test-full  every matrix, host and fault test; writes benchmarks/results/test-full.txt
 
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_ARGS ?=
 
-.PHONY: install install-dev pretrain lint test test-full clean
+.PHONY: install install-dev pretrain finetune lint test test-full clean
 
 install: $(VENV)/installed
 
@@ -28,6 +29,10 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 # The main job on the embedded default: the sample dataset, its own tokenizer, a tiny Llama, gemini.
 pretrain: install
 	$(BIN)/python pretrain.py --spec_file specs/demo.yaml $(RUN_ARGS)
+
+# From the model of `make pretrain` to one that answers questions; into checkpoint-chat.
+finetune: install
+	$(BIN)/python finetune.py --spec_file specs/finetune_demo.yaml $(RUN_ARGS)
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -13,9 +13,9 @@ from llama_lib.errors import UserError
 COMMANDS = {
     "tokenizer": ("llama_lib.data.tokenizer_command:main", "train a tokenizer on text"),
     "prepare": ("llama_lib.data.prepare:main", "tokenise text into a prepared dataset"),
-    "inspect": ("llama_lib.data.inspect:main", "show a prepared dataset"),
+    "inspect": ("llama_lib.data.inspect:main", "show prepared data, a step or conversations"),
     "verify": ("llama_lib.checkpoint.verify:main", "check a checkpoint's files, names and shapes"),
-    "generate": ("llama_lib.inference:generate_main", "continue a prompt with a checkpoint"),
+    "generate": ("llama_lib.inference:generate_main", "continue a prompt, or talk to a chat model"),
     "evaluate": ("llama_lib.inference:evaluate_main", "loss of a checkpoint on held-out text"),
 }
 

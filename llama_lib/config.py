@@ -4,7 +4,7 @@ Invariant: field name = flag = YAML key, unique across sections, with one meanin
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from llama_lib.options import declared, option, read
 
 SCRIPTS = {
     "pretrain": "Pre-train a Llama on text, from scratch or from given weights.",
-    "finetune": "Fine-tune a Llama on instructions.",
+    "finetune": "Fine-tune a Llama on instructions and chats.",
 }
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "hybrid_parallel")
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -51,7 +51,7 @@ class ModelOptions:
         scripts=["pretrain"],
     )
     model_path: str | None = option(
-        None, "Hugging Face folder or hub id whose weights training starts from", PATH
+        None, "Hugging Face folder, hub id or checkpoint whose weights training starts from", PATH
     )
     tokenizer: str | None = option(
         None, "tokenizer: a folder, a file or a hub id (none: the one of the model)", PATH
@@ -66,16 +66,45 @@ class ModelOptions:
         False, "ColossalAI's flash attention kernel; refused where none exists", SWITCH, short="a"
     )
     document_mask: bool = option(
-        False, "tokens attend and are predicted within their own document only", SWITCH
+        False,
+        "tokens attend and are predicted within their own document only",
+        SWITCH,
+        scripts=["pretrain"],
     )
     gradient_checkpoint: bool = option(
         False, "recompute activations in the backward pass: less memory, slower", SWITCH, short="g"
+    )
+    chat_template: str | None = option(
+        None,
+        "how turns become text: llama-2, llama-3, mistral, chatml, plain, tokenizer (its own) or a"
+        " Jinja file (none: the tokenizer's own, else plain for prompts, chatml for conversations)",
+        PATH,
+        scripts=["finetune"],
+    )
+    lora_rank: int = option(
+        0, "train adapters of this rank only (0: the whole model)", integer(0), scripts=["finetune"]
+    )
+    lora_alpha: float = option(
+        16.0, "adapters count for lora_alpha / lora_rank", POSITIVE, scripts=["finetune"]
+    )
+    # option() is dataclasses.field and makes a new list each time.
+    lora_targets: list[str] = option(  # noqa: RUF009
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "linear layers that get adapters",
+        TEXT,
+        many=True,
+        scripts=["finetune"],
+    )
+    merge_lora: bool = option(
+        False,
+        "save the model with the adapters merged in, beside the adapters",
+        SWITCH,
+        scripts=["finetune"],
     )
 
 
 @dataclass
 class DataOptions:
-    # option() is dataclasses.field and makes a new list each time.
     dataset: list[str] = option(  # noqa: RUF009
         ["togethercomputer/RedPajama-Data-1T-Sample"],
         "what to train on: sample, files, folders, globs, prepared or Megatron token files, hub"
@@ -86,7 +115,37 @@ class DataOptions:
         script_defaults={"finetune": ["yizhongw/self_instruct"]},
     )
     task_name: str = option(
-        "super_natural_instructions", "part of the dataset to train on", TEXT, scripts=["finetune"]
+        "super_natural_instructions",
+        "configuration of a dataset of the hub (untyped: of yizhongw/self_instruct only)",
+        TEXT,
+        scripts=["finetune"],
+    )
+    min_length: int = option(
+        0,
+        "leave out conversations of fewer tokens (0: none)",
+        integer(at_least=0),
+        scripts=["finetune"],
+    )
+    overlong: str = option(
+        "cut",
+        "conversations of more than --max_length tokens: cut their end off, or drop them",
+        choice("cut", "drop"),
+        scripts=["finetune"],
+    )
+    no_packing: bool = option(
+        False,
+        "one padded row for each conversation instead of several isolated from each other",
+        SWITCH,
+        scripts=["finetune"],
+    )
+    loss_role: str = option(
+        "assistant",
+        "whose tokens are trained on",
+        choice("assistant", "user", "all"),
+        scripts=["finetune"],
+    )
+    other_role_weight: float = option(
+        0.0, "weight of the other roles' tokens in the loss", FRACTION, scripts=["finetune"]
     )
     eval_data: list[str] | None = option(  # noqa: RUF009
         None, "held-out data, given like --dataset (none: taken by --eval_ratio)", PATH, many=True
@@ -105,12 +164,19 @@ class DataOptions:
         "concat",
         "how documents fill rows: concat cuts them where a row ends, best_fit keeps them whole",
         choice("concat", "best_fit"),
+        scripts=["pretrain"],
     )
     streaming: bool = option(
-        False, "tokenise while training, without preparing the data first", SWITCH
+        False,
+        "tokenise while training, without preparing the data first",
+        SWITCH,
+        scripts=["pretrain"],
     )
     shuffle_window: int = option(
-        16, "chunks of 1 MiB among which --streaming shuffles documents", integer(at_least=1)
+        16,
+        "chunks of 1 MiB among which --streaming shuffles documents",
+        integer(at_least=1),
+        scripts=["pretrain"],
     )
     skip_steps: list[str] | None = option(  # noqa: RUF009
         None,
@@ -202,6 +268,13 @@ class ReportOptions:
     sample_interval: int = option(
         0, "steps between generated text samples (0: off)", integer(at_least=0)
     )
+    sample_prompts: list[str] | None = option(  # noqa: RUF009
+        None,
+        "prompts, or files of one a line, answered at each --sample_interval and at the end",
+        TEXT,
+        many=True,
+        scripts=["finetune"],
+    )
     profile: str | None = option(None, "steps to write a torch trace of", STEP_RANGE)
     dry_run: bool = option(False, "check everything, show the plan, do not train", SWITCH)
     allow_untested_versions: bool = option(
@@ -284,11 +357,27 @@ def dump_yaml(options: Options, path: str | Path) -> None:
     spec_file.dump(options.to_dict(), path)
 
 
+def script_of(values: Mapping[str, Mapping[str, Any]]) -> str:
+    """The script whose options these are, by section and name: a run's saved ones."""
+    names = {name for section in values.values() for name in section}
+    # Checkpoints of older versions lack options that were added since.
+    return max(SCRIPTS, key=lambda script: -len(names - set(declared(SECTIONS, script))))
+
+
 def help_text(script: str) -> str:
     """The page of --help."""
     return option_pages.help_page(declared(SECTIONS, script), script, SCRIPTS[script])
 
 
-def options_table(script: str) -> str:
-    """The options of `script` as markdown for the README."""
-    return option_pages.markdown_tables(declared(SECTIONS, script))
+def options_table(script: str, beside: str | None = None) -> str:
+    """The options of `script` as markdown; with `beside` only what that other script has not, or
+    has with another default."""
+    known = declared(SECTIONS, script)
+    others = declared(SECTIONS, beside) if beside else {}
+    return option_pages.markdown_tables(
+        {
+            name: item
+            for name, item in known.items()
+            if name not in others or item.default != others[name].default
+        }
+    )

@@ -1,11 +1,11 @@
-"""Attention that stays inside the documents of a packed row (`--document_mask`).
+"""Attention inside the documents of a packed row (--document_mask, packed conversations).
 
 Invariant: a token sees itself and the earlier tokens of its own document and nothing else, whatever
 the kernel; the kernel follows from the device and the precision alone and has a name.
 
 `documents` is int32 [rows, length] everywhere: in each row the documents are numbered in their
-order, so the numbers never fall. A mask is built once per micro-batch, outside the model; every
-layer, and every recomputation of a layer, is handed the same one.
+order, so the numbers never fall. A mask is built once per micro-batch, in a pipeline once in every
+stage; every layer, and every recomputation of a layer, is handed the same one.
 """
 
 import functools
@@ -218,10 +218,28 @@ def document_attention(
 
 
 def use_document_attention(model: Any) -> None:
-    """Make a transformers Llama take a `DocumentMask`, or None, as its attention_mask."""
+    """Make a transformers Llama or Mistral take a `DocumentMask`, documents or None as its mask.
+
+    Nothing here knows of Mistral's sliding window: rows must not be longer.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, document_attention)
     model.config._attn_implementation = NAME
-    # transformers and ColossalAI's tensor-parallel forward both ask this for the layers' mask.
-    model.model._update_causal_mask = lambda attention_mask, *_args, **_kwargs: attention_mask
+    # transformers and ColossalAI's own forward both ask this for the layers' mask.
+    model.model._update_causal_mask = _layers_mask
+
+
+def _layers_mask(
+    attention_mask: DocumentMask | Tensor | None, hidden: Tensor, *_args: Any, **_kwargs: Any
+) -> DocumentMask | None:
+    """The mask of one forward pass of the model, or of one stage of a pipeline.
+
+    A pipeline cuts rows into micro-batches by itself, which it can do with tensors only: there
+    every stage is handed the documents. They are on the device by then, so flash-attn's ends are
+    counted where the host has to wait for them.
+    """
+    if not isinstance(attention_mask, Tensor):
+        return attention_mask
+    assert attention_mask.dtype == torch.int32, "documents, not a mask of padding"
+    return KERNELS[document_kernel(hidden.device, hidden.dtype)](attention_mask, hidden.device)

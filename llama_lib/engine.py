@@ -1,7 +1,8 @@
 """One boosted model: the same forward-backward, step and forward-only calls for every plugin.
 
-Invariant: the gradient is that of the mean loss over all label tokens of the global batch, whatever
-the plugin, the layout, the accumulation and the micro-batches; nothing non-finite reaches a weight.
+Invariant: the gradient is that of the mean loss over all label tokens of the global batch, each
+counted with its weight, whatever the plugin, the layout, the accumulation and the micro-batches;
+nothing non-finite reaches a weight.
 """
 
 import contextlib
@@ -14,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_lib.attention import flash_kernel, use_flash_attention
 from llama_lib.config import Options
+from llama_lib.criterion import IGNORED, Criterion
 from llama_lib.devices import on_device
 from llama_lib.document_attention import (
     KERNELS,
@@ -27,17 +28,13 @@ from llama_lib.document_attention import (
     use_document_attention,
 )
 from llama_lib.layout import Layout
+from llama_lib.lora import add_adapters, file_name
 from llama_lib.optim import build_optimizer, parameter_names
 from llama_lib.plugins import Setting, build_plugin, data_parallel_rank, supports_lazy_init
 
 logger = logging.getLogger("llama_lib")
 
-IGNORED = -100
-
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-# ColossalAI pads the vocabulary to a multiple of this times tp (its make_vocab_size_divisible_by).
-VOCABULARY_MULTIPLE = 64
 
 
 @dataclass
@@ -46,11 +43,27 @@ class MicroBatch:
 
     `documents` [rows, length] numbers the documents of each row in their order; tokens then attend
     within their own document only. Without it attention is causal over the whole row.
+    `weights` fp32 [rows, length] say what the label in the same place counts in the loss (0: as if
+    it were -100). Without it every label counts one.
     """
 
     input_ids: Tensor
     labels: Tensor
     documents: Tensor | None = None
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model makes of some rows, all replicas together.
+
+    `loss_sum` adds up the token losses in nats, each times its weight. Of the `labels` tokens that
+    have a weight above 0 the model's likeliest token is right for `correct`.
+    """
+
+    loss_sum: float
+    correct: int
+    labels: int
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,8 @@ def build_model(
         where = device
     with where, default_dtype(dtype), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
+        # Sharing the embedding with the head belongs to the initialisation that is left out.
+        model.tie_weights()
         initialise(model, seed, device)
         # Lazy parameters take the default dtype of the moment they are made, not of this one.
         return model.to(dtype)
@@ -140,17 +155,16 @@ def restore_rotary_frequencies(model: nn.Module, device: torch.device) -> None:
             module.original_inv_freq = module.inv_freq
 
 
-def padded_vocabulary(vocab_size: int, tp: int) -> int:
-    multiple = VOCABULARY_MULTIPLE * tp
-    return math.ceil(vocab_size / multiple) * multiple
-
-
 class Engine:
     """A boosted model and optimizer with the calls the training loop needs.
 
     Attributes:
-        names: parameter names in the optimizer's order (its parameter ids).
-        shapes: full shape of every parameter by name.
+        names: names of the trained parameters in the optimizer's order (its parameter ids).
+        trained: full shape of every trained parameter by name; adapters have the names of peft's
+            files, everything else those of plain transformers.
+        shapes: full shape of every parameter of the whole model by its name in transformers.
+        module: the model inside the wrappers; its adapters and what they wrap are told apart by
+            `llama_lib.lora`.
         dp_rank: which replica this process belongs to.
     """
 
@@ -176,9 +190,10 @@ class Engine:
         self.plugin = build_plugin(options, layout, config, setting)
         self.booster = Booster(plugin=self.plugin)
         config.use_cache = False
-        model = build_model(
-            config, self.dtype, options.training.seed, device, supports_lazy_init(layout)
-        )
+        adapted = options.model.lora_rank > 0
+        # Layouts that take adapters hold the whole model anyway.
+        lazy = supports_lazy_init(layout) and not adapted
+        model = build_model(config, self.dtype, options.training.seed, device, lazy)
         if options.model.flash_attention:
             logger.info("attention kernel: %s", flash_kernel())
             if layout.plugin != "hybrid_parallel":
@@ -191,51 +206,28 @@ class Engine:
         if options.model.gradient_checkpoint:
             # Non-reentrant recomputation keeps the graph that ColossalAI's hooks need.
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = build_optimizer(model, options.training.lr, options.training.weight_decay)
-        self.names = parameter_names(model, optimizer)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        if adapted:
+            model = add_adapters(self.booster, model, options, self.dtype)
+        optimizer = build_optimizer(model, options.training.lr, options.training.weight_decay)
+        self.names = [file_name(name) for name in parameter_names(model, optimizer)]
+        trained = (pair for pair in model.named_parameters() if pair[1].requires_grad)
+        self.trained = {file_name(name): tuple(p.shape) for name, p in trained}
         self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
-        self.module = self.model.unwrap()
+        if adapted:
+            self.module = self.model.unwrap(unwrap_peft=False).get_base_model()
+        else:
+            self.module = self.model.unwrap()
         restore_rotary_frequencies(self.module, device)
         self.dp_rank = data_parallel_rank(self.plugin, layout)
         rows = options.training.batch_size * accumulation
         self.num_micro_batches = rows // (options.parallel.microbatch_size or 1)
         self.is_last_stage = layout.pp == 1 or self.plugin.stage_manager.is_last_stage()
         self._masks: dict[tuple[int, int], Tensor] = {}
+        self.criterion = Criterion(layout, self.plugin, config.vocab_size)
         self._guard_optimizer()
 
-    # -- loss --------------------------------------------------------------------------------
-
-    def token_loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the next-token losses in fp32.
-
-        Args:
-            logits: [rows, length, vocabulary]; under tp this rank's part of the vocabulary, under
-                all_to_all this rank's part of the length.
-            labels: [rows, length]; position i's label is `labels[i + 1]`.
-        """
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        if self.layout.sequence_axis > 1:
-            part = dist.get_rank(self.plugin.sp_group)
-            targets = targets.chunk(self.layout.sequence_axis, dim=1)[part]
-        if self.layout.tp == 1:
-            return F.cross_entropy(
-                logits.reshape(-1, logits.shape[-1]).float(),
-                targets.reshape(-1),
-                ignore_index=IGNORED,
-                reduction="sum",
-            )
-        from colossalai.shardformer.layer import cross_entropy_1d
-
-        return cross_entropy_1d(
-            logits.float(),
-            targets,
-            ignore_index=IGNORED,
-            process_group=self.plugin.tp_group,
-            vocab_size=padded_vocabulary(self.config.vocab_size, self.layout.tp),
-            dtype=torch.float32,
-            mode="sum",
-        )
+    # -- inputs ------------------------------------------------------------------------------
 
     def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(self.device, non_blocking=True)}
@@ -243,11 +235,14 @@ class Engine:
             # Without an explicit mask ColossalAI's sequence-parallel attention is not causal.
             inputs["attention_mask"] = self._causal_mask(*batch.input_ids.shape)
         if batch.documents is not None:
-            assert self.options.model.document_mask, "the model was built without --document_mask"
+            self._require_document_mask()
             inputs["attention_mask"] = self._document_mask(batch.documents, self.device)
             documents = on_device(batch.documents, self.device)
             inputs["position_ids"] = document_positions(documents)
         return inputs
+
+    def _require_document_mask(self) -> None:
+        assert self.options.model.document_mask, "the model was built without --document_mask"
 
     def _causal_mask(self, rows: int, length: int) -> Tensor:
         """Additive mask [rows, 1, length, length] in the working precision."""
@@ -259,11 +254,12 @@ class Engine:
 
     # -- training ----------------------------------------------------------------------------
 
-    def forward_backward(self, batches: list[MicroBatch], num_labels: int) -> Tensor:
+    def forward_backward(self, batches: list[MicroBatch], num_labels: float) -> Tensor:
         """Accumulate the gradient of the global mean loss over this rank's micro-batches.
 
         Args:
-            num_labels: label tokens of the whole global batch, all ranks together.
+            num_labels: label tokens of the whole global batch, all ranks together, each with its
+                weight.
 
         Returns:
             This rank's share of the loss on the device, not synchronised; `reduce_loss` turns the
@@ -278,7 +274,7 @@ class Engine:
         for index, batch in enumerate(batches):
             with self._gradient_sync(last=index == len(batches) - 1):
                 logits = self.model(**self._inputs(batch)).logits
-                loss = self.token_loss_sum(logits, batch.labels.to(self.device)) * weight
+                loss = self.criterion.loss_sum(logits, batch.labels, batch.weights) * weight
                 del logits  # the largest tensor of the step, not needed by the backward call
                 self.booster.backward(loss, self.optimizer)
                 share += loss.detach()
@@ -295,7 +291,8 @@ class Engine:
         scaled = weight * self.num_micro_batches
 
         def criterion(outputs: Any, micro_batch: dict[str, Tensor]) -> Tensor:
-            return self.token_loss_sum(outputs.logits, micro_batch["targets"]) * scaled
+            labels, weights = micro_batch["targets"], micro_batch.get("weights")
+            return self.criterion.loss_sum(outputs.logits, labels, weights) * scaled
 
         return self._execute_pipeline(batches, criterion, self.optimizer)
 
@@ -306,12 +303,18 @@ class Engine:
         optimizer: Any,
     ) -> Tensor:
         """Run the schedule over all rows; the mean criterion, zero before the last stage."""
-        assert all(b.documents is None for b in batches), "a pipeline knows no documents"
         rows = {
             "input_ids": torch.cat([b.input_ids for b in batches]),
             # Named "targets": under "labels" the model would compute a loss of its own.
             "targets": torch.cat([b.labels for b in batches]),
         }
+        if weights := [b.weights for b in batches if b.weights is not None]:
+            rows["weights"] = torch.cat(weights)
+        if documents := [b.documents for b in batches if b.documents is not None]:
+            self._require_document_mask()
+            # Every stage makes the mask of each micro-batch from its documents.
+            rows["attention_mask"] = torch.cat(documents)
+            rows["position_ids"] = document_positions(rows["attention_mask"])
         result = self.booster.execute_pipeline(
             iter([rows]), self.model, criterion=criterion, optimizer=optimizer, return_loss=True
         )
@@ -381,21 +384,29 @@ class Engine:
         finally:
             self.model.train()
 
-    def loss_sum(self, batches: list[MicroBatch]) -> Tensor:
-        """Summed token losses of these micro-batches over all replicas, on every rank.
+    def score(self, batches: list[MicroBatch]) -> Score:
+        """Loss and correct guesses of these micro-batches over all replicas, on every rank.
 
         Under a pipeline the micro-batches must have the shape and number of a training step's.
         """
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+        def criterion(outputs: Any, micro_batch: dict[str, Tensor]) -> Tensor:
+            labels, weights = micro_batch["targets"], micro_batch.get("weights")
+            totals.add_(self.criterion.score(outputs.logits, labels, weights))
+            return outputs.logits.new_zeros(())
+
         with self._inference():
             if self.layout.pp > 1:
-                total = self._pipeline(batches, weight=1.0)
+                self._execute_pipeline(batches, criterion, None)
             else:
-                total = torch.zeros((), device=self.device)
                 for batch in batches:
                     logits = self.model(**self._inputs(batch)).logits
-                    total += self.token_loss_sum(logits, batch.labels.to(self.device))
-        dist.all_reduce(total)
-        return total / self.layout.tp
+                    totals += self.criterion.score(logits, batch.labels, batch.weights)
+        # Pipeline stages before the last hold zero, tensor-parallel ranks the same.
+        dist.all_reduce(totals)
+        loss_sum, correct, labels = (totals / self.layout.tp).tolist()
+        return Score(loss_sum, round(correct), round(labels))
 
     def next_token_logits(self, input_ids: Tensor, position: int) -> Tensor:
         """Logits [vocabulary] after `input_ids[0, position]`, equal on every rank.
@@ -422,7 +433,7 @@ class Engine:
             else:
                 self._execute_pipeline([batch], criterion, None)
             if kept and self.layout.tp > 1:
-                kept = [self._gather_vocabulary(kept[0])]
+                kept = [self.criterion.whole_vocabulary(kept[0])]
         row = kept[0] if kept else torch.empty(self.config.vocab_size, device=self.device)
         if self.layout.pp > 1:
             last = dist.get_global_rank(self.plugin.pp_group, self.layout.pp - 1)
@@ -431,10 +442,3 @@ class Engine:
             owner = dist.get_global_rank(self.plugin.sp_group, part)
             dist.broadcast(row, owner, group=self.plugin.sp_group)
         return row
-
-    def _gather_vocabulary(self, row: Tensor) -> Tensor:
-        part = padded_vocabulary(self.config.vocab_size, self.layout.tp) // self.layout.tp
-        row = F.pad(row, (0, part - row.shape[0]))
-        parts = [torch.empty_like(row) for _ in range(self.layout.tp)]
-        dist.all_gather(parts, row.contiguous(), group=self.plugin.tp_group)
-        return torch.cat(parts)[: self.config.vocab_size]

@@ -1,43 +1,37 @@
-"""Held-out loss per source and text samples of the model being trained.
+"""Held-out loss and accuracy per source.
 
-Invariant: neither reads or moves the training stream's data position or random state.
+Invariant: measuring neither reads nor moves the training stream's data position or random state.
 """
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
+from llama_lib.data.loader import Row, stacked
 from llama_lib.data.prepared import PreparedDataset, unigram_entropy
 from llama_lib.engine import IGNORED, Engine, MicroBatch
 from llama_lib.layout import BatchPlan
-
-SAMPLE_TOKENS = 48
-PROMPT_TOKENS = 8
-TEMPERATURE = 0.8
+from llama_lib.metrics import Measure
 
 # All held-out sources together, weighted by their label tokens.
 TOTAL = "all"
 
 
-@dataclass(frozen=True)
-class HeldOutRow:
-    """Each [max_length]: ids, labels (-100: no loss) and, with a document mask, the documents."""
-
-    ids: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    documents: npt.NDArray[np.int32] | None
+class HeldOutRows(Protocol):
+    """Rows that are never trained on, by source."""
 
     @property
-    def num_labels(self) -> int:
-        """Tokens that are predicted: the first of a row never is."""
-        return int((self.labels[1:] != IGNORED).sum())
+    def sources(self) -> list[str]:
+        """Their names."""
+
+    def rows(self, source: str) -> Iterator[Row]:
+        """The rows of one source, in one order for ever."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,11 @@ class HeldOut:
         """Unigram entropy in nats per token: the loss of the best model that ignores context."""
         return unigram_entropy(self.dataset)
 
-    def rows(self, source: str) -> Iterator[HeldOutRow]:
+    @property
+    def sources(self) -> list[str]:
+        return list(self.dataset.sources)
+
+    def rows(self, source: str) -> Iterator[Row]:
         """The rows of one source, the last one padded."""
         ends = np.cumsum(self.dataset.readers[source].lengths, dtype=np.int64)
         for number, ids in enumerate(self.dataset.only(source).rows(self.max_length)):
@@ -68,7 +66,7 @@ class HeldOut:
                 documents = row_documents(ends, first, first + len(ids), padding)
                 # A document's first token follows another's last, which says nothing of it.
                 labels[1:][documents[1:] != documents[:-1]] = IGNORED
-            yield HeldOutRow(np.pad(ids, (0, padding)), labels, documents)
+            yield Row(np.pad(ids, (0, padding)), labels, documents, {source: len(ids)})
 
 
 def row_documents(
@@ -85,37 +83,60 @@ def row_documents(
     return np.pad(numbers, (0, padding), constant_values=numbers[-1] + 1).astype(np.int32)
 
 
-def held_out_losses(
-    engine: Engine, held_out: HeldOut, plan: BatchPlan, num_batches: int
-) -> dict[str, float]:
-    """Mean loss in nats per token for each source, and for all under "all".
+@dataclass
+class _Sums:
+    loss: float = 0.0
+    weight: float = 0.0
+    correct: int = 0
+    labels: int = 0
+
+    def add(self, other: "_Sums") -> None:
+        self.loss += other.loss
+        self.weight += other.weight
+        self.correct += other.correct
+        self.labels += other.labels
+
+
+def measure(
+    engine: Engine, held_out: HeldOutRows, plan: BatchPlan, num_batches: int
+) -> dict[str, Measure]:
+    """Loss and accuracy of each source, and of all under "all"; sources without a label left out.
 
     Args:
         num_batches: at most so many global batches per source, from its beginning.
     """
-    losses: dict[str, float] = {}
-    sum_all, labels_all = 0.0, 0
-    for source in held_out.dataset.sources:
-        total, labels = 0.0, 0
+    sums = {source: _Sums() for source in held_out.sources}
+    for source, part in sums.items():
         for rows in _global_batches(held_out.rows(source), plan.global_batch, num_batches):
-            mine = rows[engine.dp_rank :: plan.dp]
-            batches = [
-                _micro_batch(mine[first : first + plan.batch_size])
-                for first in range(0, len(mine), plan.batch_size)
-            ]
-            total += engine.loss_sum(batches).item()
-            labels += sum(row.num_labels for row in rows)
-        if labels:
-            losses[source] = total / labels
-            sum_all, labels_all = sum_all + total, labels_all + labels
-    if labels_all:
-        losses[TOTAL] = sum_all / labels_all
-    return losses
+            part.add(_measured(engine, rows, plan))
+    total = _Sums()
+    for part in sums.values():
+        total.add(part)
+    return {
+        name: Measure(part.loss / part.weight, part.correct / part.labels)
+        for name, part in [*sums.items(), (TOTAL, total)]
+        if part.weight
+    }
 
 
-def _global_batches(
-    rows: Iterator[HeldOutRow], size: int, limit: int
-) -> Iterator[list[HeldOutRow]]:
+def _measured(engine: Engine, rows: list[Row], plan: BatchPlan) -> _Sums:
+    mine = rows[engine.dp_rank :: plan.dp]
+    batches = [
+        _micro_batch(mine[first : first + plan.batch_size])
+        for first in range(0, len(mine), plan.batch_size)
+    ]
+    score = engine.score(batches)
+    weight = sum(map(_label_weight, rows))
+    return _Sums(score.loss_sum, weight, score.correct, score.labels)
+
+
+def _label_weight(row: Row) -> float:
+    """Label tokens of a row, each with its weight; the first token of a row is never predicted."""
+    labelled = row.labels[1:] != IGNORED
+    return float(labelled.sum() if row.weights is None else row.weights[1:][labelled].sum())
+
+
+def _global_batches(rows: Iterator[Row], size: int, limit: int) -> Iterator[list[Row]]:
     """Batches of exactly `size` rows; the last is filled with rows without any label."""
     for _ in range(limit):
         batch = list(itertools.islice(rows, size))
@@ -127,37 +148,10 @@ def _global_batches(
             return
 
 
-def _micro_batch(rows: list[HeldOutRow]) -> MicroBatch:
-    ids = torch.from_numpy(np.stack([row.ids for row in rows]))
-    labels = torch.from_numpy(np.stack([row.labels for row in rows]))
-    documents = [row.documents for row in rows if row.documents is not None]
-    return MicroBatch(ids, labels, torch.from_numpy(np.stack(documents)) if documents else None)
+def _micro_batch(rows: list[Row]) -> MicroBatch:
+    part = stacked(rows)
+    return MicroBatch(*map(_tensor, (part.ids, part.labels, part.documents, part.weights)))
 
 
-def sample_text(
-    engine: Engine, tokenizer: Any, held_out: HeldOut | None, plan: BatchPlan, step: int
-) -> str:
-    """Text the model writes after the first tokens of a held-out document (else after EOS).
-
-    One forward pass per token through the training layout, so it works wherever training does.
-    """
-    ids = [tokenizer.eos_token_id]
-    if held_out is not None and held_out.dataset.num_documents:
-        text = held_out.dataset.tokens(0)[:PROMPT_TOKENS].tolist()
-        ids = [each for each in text if each != tokenizer.eos_token_id] or ids
-    generator = torch.Generator().manual_seed(engine.options.training.seed + step)
-    length = plan.max_length
-    # A pipeline keeps the shapes of a training step; elsewhere one row is enough.
-    num_rows = plan.batch_size * plan.accumulation if engine.layout.pp > 1 else 1
-    for _ in range(min(SAMPLE_TOKENS, length - len(ids))):
-        rows = torch.zeros(num_rows, length, dtype=torch.long)
-        rows[0, : len(ids)] = torch.tensor(ids)
-        logits = engine.next_token_logits(rows, len(ids) - 1).cpu()
-        choice = torch.multinomial(
-            torch.softmax(logits / TEMPERATURE, -1), 1, generator=generator
-        ).to(engine.device)
-        dist.broadcast(choice, 0)  # rounding differs between hosts; the text must not
-        ids.append(int(choice.item()))
-        if ids[-1] == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(ids)
+def _tensor(array: npt.NDArray[Any] | None) -> Any:
+    return None if array is None else torch.from_numpy(array)

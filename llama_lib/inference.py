@@ -6,6 +6,7 @@ without ColossalAI.
 
 import argparse
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,20 @@ from llama_lib.data.prepared import PreparedDataset
 from llama_lib.data.tokenizer import DEFAULT_CACHE_DIR, load_tokenizer
 from llama_lib.errors import RunError, UserError
 
+# Parts of a checkpoint, and files in them by the names of transformers and peft.
+MODEL = "model"
+ADAPTER = "adapter"
+ADAPTER_CONFIG = "adapter_config.json"
+GENERATION_CONFIG = "generation_config.json"
 
-def model_folder(path: str) -> Path:
-    """The Hugging Face folder of a checkpoint, of the newest one in a save_dir, or the path itself.
+TEXT_TOKENS = 100
+ANSWER_TOKENS = 512  # longer than nearly every answer of the instruction sets; chosen
+
+
+def served_folder(path: str) -> Path:
+    """The folder of a checkpoint, of the newest one in a save_dir, or the path itself.
+
+    It holds a whole model, or the adapters of one (peft) where nothing else was saved.
 
     Raises:
         UserError: there is no model, or the checkpoint never finished.
@@ -26,10 +38,11 @@ def model_folder(path: str) -> Path:
     candidates = [root, *step_directories(root)]
     for candidate in candidates:
         if (candidate / MANIFEST).is_file():
-            return candidate / "model"
-    if (root / "config.json").is_file():
+            whole = (candidate / MODEL).is_dir() or not (candidate / ADAPTER).is_dir()
+            return candidate / (MODEL if whole else ADAPTER)
+    if (root / "config.json").is_file() or is_adapter(root):
         return root
-    if (root / "model" / "config.json").is_file():
+    if (root / MODEL / "config.json").is_file() or is_adapter(root / ADAPTER):
         raise UserError(f"{path}: this checkpoint has no {MANIFEST}, its save did not finish.")
     raise UserError(
         f"{path}: no model here; expected a step-XXXXXXXX checkpoint, a --save_dir that holds one, "
@@ -37,21 +50,66 @@ def model_folder(path: str) -> Path:
     )
 
 
+def model_folder(path: str) -> Path:
+    """As served_folder, but a whole model it must be.
+
+    Raises:
+        UserError: there is no model, only the adapters of one, or the checkpoint never finished.
+    """
+    folder = served_folder(path)
+    if is_adapter(folder):
+        raise UserError(
+            f"{path} holds adapters of {base_of(folder)} only, expected a whole model: save one "
+            "with --merge_lora."
+        )
+    return folder
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def base_of(adapter: Path) -> str:
+    """The model that adapters were trained on: a folder or hub id.
+
+    Raises:
+        UserError: the folder does not say.
+    """
+    try:
+        base = json.loads((adapter / ADAPTER_CONFIG).read_text("utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f"{adapter / ADAPTER_CONFIG} does not say which model the adapters belong to: expected "
+            "its folder under base_model_name_or_path."
+        )
+    return base
+
+
 def load_model(path: str) -> tuple[Any, Any]:
     """(model in evaluation mode on the GPU if there is one, tokenizer) of a checkpoint.
 
+    Adapters are put on the model they were trained on.
+
     Raises:
-        UserError: there is no model, tokenizer or safetensors file.
+        UserError: there is no model, tokenizer or safetensors file, or the adapters' model is gone.
         RunError: a file of the model is damaged.
     """
     import torch
+
+    folder = served_folder(path)
+    model = _adapted_model(folder) if is_adapter(folder) else _whole_model(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), load_tokenizer(str(folder))
+
+
+def _whole_model(folder: Path | str) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    folder = model_folder(path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             folder, torch_dtype="auto", use_safetensors=True
         )
     except SafetensorError as error:
@@ -60,40 +118,112 @@ def load_model(path: str) -> tuple[Any, Any]:
         ) from None
     except OSError as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
-    return model.to(device).eval(), load_tokenizer(str(folder))
+
+
+def _adapted_model(folder: Path) -> Any:
+    """The adapters' model with them on."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+    from transformers import GenerationConfig
+
+    base = base_of(folder)
+    path = Path(base).expanduser()
+    if not path.is_dir() and (path.is_absolute() or base.startswith(".") or base.count("/") > 1):
+        raise UserError(
+            f"{folder} holds adapters of {base}, and there is no such folder: put the model back, "
+            f"or name its place under base_model_name_or_path in {folder / ADAPTER_CONFIG}. "
+            "--merge_lora saves whole models, which need no other."
+        )
+    model = _whole_model(model_folder(base) if path.is_dir() else base)
+    _check_base(model, base, folder)
+    if (folder / GENERATION_CONFIG).is_file():
+        # What ends an answer may be another token than what ends a text of the base.
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"the adapters in {folder} cannot be put on {base}: {reason}") from None
+
+
+def _check_base(model: Any, base: str, adapter: Path) -> None:
+    """Raises UserError if `model` is not the one that the adapters of a checkpoint were trained on.
+
+    Other tools' adapters come without anything to tell by.
+    """
+    from llama_lib.checkpoint.adapters import BASE_SAMPLE, base_sample, other_base
+    from llama_lib.engine import DTYPES
+
+    path = adapter.parent / BASE_SAMPLE
+    if not path.is_file():
+        return
+    saved = json.loads(path.read_text("utf-8"))
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    same_precision = DTYPES[saved["precision"]] == model.dtype
+    if name := other_base(base_sample(model, shapes), saved["sample"], same_precision):
+        raise UserError(
+            f"{adapter} holds adapters of another model than {base} is now: {name} has changed "
+            "since. Put the weights back that they were trained on."
+        )
 
 
 def generate_main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m llama_lib generate", description="Continue a prompt with a checkpoint."
+        prog="python -m llama_lib generate",
+        description="Continue a prompt with a checkpoint, or talk to a chat model.",
     )
-    parser.add_argument("checkpoint", help="checkpoint, save_dir or Hugging Face folder")
-    parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=100, help="default 100")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0: always the likeliest token; default 0.8"
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint, save_dir or Hugging Face folder")
+    add("--prompt", help="text to continue; with --chat the one question to answer")
+    add("--chat", action="store_true", help="talk: a line of standard input is a question")
+    add("--system", help="with --chat: how the model is to behave")
+    add(
+        "--max_new_tokens",
+        type=int,
+        help=f"default {TEXT_TOKENS}, with --chat {ANSWER_TOKENS} per answer",
     )
-    parser.add_argument("--seed", type=int, default=42, help="of the sampling; default 42")
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest; default 0.8")
+    add("--seed", type=int, default=42, help="of the sampling; default 42")
     arguments = parser.parse_args(argv)
-    if arguments.max_new_tokens < 1 or arguments.temperature < 0:
+    if arguments.prompt is None and not arguments.chat:
+        raise UserError("nothing to write: give --prompt TEXT to continue it, or --chat to talk.")
+    if arguments.system is not None and not arguments.chat:
+        raise UserError("--system is part of a conversation: give --chat too.")
+    limit = arguments.max_new_tokens
+    if limit is None:
+        limit = ANSWER_TOKENS if arguments.chat else TEXT_TOKENS
+    if limit < 1 or arguments.temperature < 0:
         raise UserError("--max_new_tokens must be at least 1 and --temperature not negative.")
     import torch
 
+    from llama_lib.generation import (
+        Conversation,
+        Sampling,
+        answer_once,
+        check_template,
+        new_ids,
+        talk,
+    )
+
+    if arguments.chat:  # refused before the weights are read
+        check_template(
+            load_tokenizer(str(served_folder(arguments.checkpoint))), arguments.checkpoint
+        )
     model, tokenizer = load_model(arguments.checkpoint)
     torch.manual_seed(arguments.seed)
-    ids = tokenizer(arguments.prompt)["input_ids"]
+    sampling = Sampling(limit, arguments.temperature)
+    if arguments.chat:
+        name = arguments.checkpoint
+        conversation = Conversation(model, tokenizer, sampling, name, arguments.system)
+        if arguments.prompt is None:
+            talk(conversation)
+        else:
+            answer_once(conversation, arguments.prompt)
+        return 0
     # Training puts EOS between documents, so after it the model begins one.
-    inputs = torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)
-    sampling = arguments.temperature > 0
-    with torch.no_grad():
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=arguments.max_new_tokens,
-            do_sample=sampling,
-            temperature=arguments.temperature if sampling else None,
-        )
-    print(tokenizer.decode(output[0], skip_special_tokens=True))
+    ids = tokenizer(arguments.prompt)["input_ids"] or [tokenizer.eos_token_id]
+    output = ids + new_ids(model, ids, sampling)
+    print(tokenizer.decode(output, skip_special_tokens=True))
     return 0
 
 
@@ -115,7 +245,7 @@ def evaluate_main(argv: list[str]) -> int:
         arguments.max_batches is not None and arguments.max_batches < 1
     ):
         raise UserError("--batch_size and --max_batches must be at least 1.")
-    folder = model_folder(arguments.checkpoint)
+    folder = served_folder(arguments.checkpoint)
     model, _ = load_model(str(folder))
     context = model.config.max_position_embeddings
     length = context if arguments.max_length is None else arguments.max_length

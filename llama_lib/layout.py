@@ -222,25 +222,37 @@ def _hybrid_problems(
 
 
 def _document_problems(options: Options, layout: Layout, config: Any) -> list[str]:
+    """What does not go with rows whose documents are isolated from each other."""
+    if options.script == "finetune":  # there packing asks for them
+        subject, without = "packed conversations", "give --no_packing"
+    else:
+        subject, without = "--document_mask", "leave out --document_mask"
     problems = []
-    if layout.pp > 1:
-        problems.append("--document_mask with --pp above 1 is not tested; use --pp 1.")
     if options.parallel.sp_mode is not None:
         problems.append(
-            "--document_mask with sequence parallelism is not tested; leave out --document_mask or "
-            "--sp_mode."
+            f"{subject} with sequence parallelism is not tested; leave out --sp_mode, or {without}."
         )
     if options.model.flash_attention:
         problems.append(
-            "-a with --document_mask: ColossalAI's kernel is causal over the whole row; leave out "
-            "-a, the mask chooses its own kernel."
+            f"-a with {subject}: ColossalAI's kernel is causal over the whole row; leave out -a, "
+            f"the mask chooses its own kernel, or {without}."
         )
-    if config.model_type != "llama":
-        problems.append(f"--document_mask with model type {config.model_type} is not tested.")
+    if config.model_type not in ("llama", "mistral"):
+        problems.append(
+            f"{subject} with model type {config.model_type} is not tested; expected llama or "
+            f"mistral; {without}."
+        )
+    window = getattr(config, "sliding_window", None)
+    if config.model_type == "mistral" and window and options.model.max_length > window:
+        problems.append(
+            f"{subject} with --max_length {options.model.max_length}: rows may not be longer than "
+            f"the model's sliding window of {window}, which the mask knows nothing of; use "
+            f"--max_length {window} at most, or {without}."
+        )
     if getattr(config, "attention_dropout", 0.0) > 0:
         problems.append(
-            "--document_mask with attention_dropout above 0 is not tested; set it to 0 in the "
-            "model's config.json."
+            f"{subject} with attention_dropout above 0 is not tested; set it to 0 in the model's "
+            f"config.json, or {without}."
         )
     return problems
 

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +35,15 @@ class StepRecord:
     data_wait_s: float | None
     step_time_s: float | None
     loss_scale: float | None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Mean held-out loss in nats per label token, and the share of label tokens whose prediction,
+    the likeliest token, is right."""
+
+    loss: float
+    accuracy: float
 
 
 class MetricsSink:
@@ -70,14 +79,18 @@ class MetricsSink:
                 if value is not None:
                     self._events.add_scalar(f"train/{name}", value, step)
 
-    def log_eval(self, step: int, losses: dict[str, float]) -> None:
-        """Held-out losses by source, as eval/<source> and as one record of eval.jsonl."""
+    def log_eval(self, step: int, found: Mapping[str, Measure]) -> None:
+        """Held-out losses and accuracies by source, as eval/<source> and accuracy/<source>, and as
+        one record of eval.jsonl."""
         if self._events is None:
             return
+        losses = {source: value.loss for source, value in found.items()}
+        accuracies = {source: value.accuracy for source, value in found.items()}
         with self._tolerant():
-            _append(self._evals, {"step": step, "losses": losses})
-            for source, loss in losses.items():
-                self._events.add_scalar(f"eval/{source}", loss, step)
+            _append(self._evals, {"step": step, "losses": losses, "accuracies": accuracies})
+            for group, values in (("eval", losses), ("accuracy", accuracies)):
+                for source, value in values.items():
+                    self._events.add_scalar(f"{group}/{source}", value, step)
             self._events.flush()
 
     @contextlib.contextmanager

@@ -4,31 +4,39 @@ Invariant: a user's mistake ends here, all mistakes of one configuration in one 
 value that bends from what the documentation promises says so in one line.
 """
 
+import math
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llama_lib.checkpoint.manifest import check_load_argument, refuse_occupied
+from llama_lib.checkpoint.manifest import check_load_argument, refuse_occupied, step_directories
 from llama_lib.checkpoint.tensors import open_weights
 from llama_lib.config import Options
 from llama_lib.data.once import once
 from llama_lib.data.tokenizer import vocabulary_size
 from llama_lib.data.training_data import TrainingData
 from llama_lib.errors import UserError
+from llama_lib.inference import ADAPTER, base_of, model_folder
 from llama_lib.launch import has_accelerator, network_problems, world_size
 from llama_lib.layout import BatchPlan, Layout, layout_of, layout_problems, plan_batches
+from llama_lib.lora import lora_problems
 from llama_lib.models import model_config
+from llama_lib.run_chat import Chat, chat_option_problems, open_chat
 from llama_lib.run_data import (
     bend_data_defaults,
     data_option_problems,
     ignored_data_settings,
+    is_chosen,
     local_data_problems,
     open_data,
 )
 from llama_lib.versions import check_versions
+
+# Share of warm-up of the upstream fine-tuning script.
+WARMUP_SHARE = 0.03
 
 # More rows than any run takes: the plan is then made of --max_steps and --max_tokens alone.
 UNLIMITED_ROWS = 2**62
@@ -38,7 +46,8 @@ UNLIMITED_ROWS = 2**62
 class Run:
     """A checked run, ready to start.
 
-    `model_folder` holds the weights of --model_path on this machine, if given.
+    `model_folder` holds the weights training starts from on this machine, if any; `chat` is what
+    fine-tuning adds.
     """
 
     options: Options
@@ -48,6 +57,7 @@ class Run:
     data: TrainingData
     tokenizer: Any
     model_folder: Path | None
+    chat: Chat | None = None
     notes: list[str] = field(default_factory=list)
 
     def describe(self, num_rows: int | None = None) -> list[str]:
@@ -59,7 +69,7 @@ class Run:
         from llama_lib.flops import num_parameters
 
         options = self.options
-        model = options.model.model_path or options.model.config
+        model = self.model_folder or options.model.config
         words = " ".join(options.data.dataset)
         return [
             f"model {model}: {num_parameters(self.config):,} parameters, "
@@ -67,6 +77,7 @@ class Run:
             self.layout.describe(),
             f"tokenizer: {vocabulary_size(self.tokenizer):,} ids, hash "
             f"{self.data.tokenizer_hash[:16]}",
+            *(self.chat.lines if self.chat else []),
             f"data {words}: {self.data.lines[0]}",
             *(f"  {line}" for line in self.data.lines[1:]),
             *self.plan.describe(num_rows),
@@ -101,22 +112,31 @@ def preflight(options: Options) -> Run:
         UserError: everything that is wrong with the configuration, in one message.
     """
     notes = check_versions(options.report.allow_untested_versions)
-    source = options.model.model_path
-    if source is not None and "config" in options.typed and options.script == "pretrain":
+    if "config" in options.typed and options.model.model_path and options.script == "pretrain":
         notes.append("--config is ignored: --model_path brings the shape of its weights")
+    if options.script == "finetune":
+        # Conversations that share a row are isolated from each other, always.
+        options.model.document_mask = not options.data.no_packing
     problems = _setting_problems(options)
+    folder = None
     try:
-        model_folder = None if source is None else local_model(source, options.data.cache_dir)
-        config = model_config(options.model.config if model_folder is None else str(model_folder))
+        folder = starting_model(options)
+        config = model_config(options.model.config if folder is None else str(folder))
         notes += _bend_defaults(options, config)
-        if model_folder is not None:
-            problems += _weight_problems(model_folder, config)
+        if folder is not None:
+            problems += _weight_problems(folder, config)
         problems = _model_problems(options, config) + problems
     except UserError as error:
         problems = error.problems + problems
     if problems:
         raise UserError(problems + local_data_problems(options))
-    data, tokenizer = open_data(options, config, model_folder)
+    if options.script == "finetune":
+        assert folder is not None
+        data, tokenizer, chat = open_chat(options, config, folder)
+        notes += chat.notes
+    else:
+        data, tokenizer = open_data(options, config, folder)
+        chat = None
     notes += ignored_data_settings(options, data.held_out)
     if options.report.dry_run and (options.checkpoint.load or options.data.skip_steps):
         notes.append("this is the plan of a fresh run: --load and --skip_steps act when it starts")
@@ -125,8 +145,52 @@ def preflight(options: Options) -> Run:
     if data.num_rows is not None:
         rows = data.num_rows(options.training.num_epochs)
     plan = plan_batches(options, layout, options.model.max_length, rows)
+    if options.script == "finetune":
+        plan, line = _short_warmup(options, plan)
+        notes += line
     _set_attention(options, config)
-    return Run(options, config, layout, plan, data, tokenizer, model_folder, notes)
+    return Run(options, config, layout, plan, data, tokenizer, folder, chat, notes)
+
+
+def starting_model(options: Options) -> Path | None:
+    """The folder whose weights, or with --load whose shape and tokenizer, the run has.
+
+    None: a new model (pretrain.py without --model_path).
+    """
+    source, load = options.model.model_path, options.checkpoint.load
+    if source is not None:
+        return local_model(source, options.data.cache_dir)
+    if options.script != "finetune":
+        return None
+    if load == "auto":
+        saved = step_directories(options.checkpoint.save_dir)
+        if not saved:
+            raise UserError(
+                f"--load auto: there is no checkpoint in --save_dir {options.checkpoint.save_dir} "
+                "yet; name the model to start from with --model_path."
+            )
+        load = str(saved[0])
+    if load is None:
+        raise UserError(
+            "fine-tuning starts from a model: give --model_path FOLDER (a Hugging Face folder, a "
+            "hub id or a checkpoint of pretrain.py), or --load to continue a run."
+        )
+    adapter = Path(load) / ADAPTER
+    if adapter.is_dir():
+        # The adapters know which model they belong to.
+        options.model.model_path = base_of(adapter)
+        return local_model(options.model.model_path, options.data.cache_dir)
+    return model_folder(load)
+
+
+def _short_warmup(options: Options, plan: BatchPlan) -> tuple[BatchPlan, list[str]]:
+    """The default of pre-training is longer than most fine-tuning: 3% of the steps instead."""
+    if is_chosen(options, "warmup_steps"):
+        return plan, []
+    steps = math.ceil(WARMUP_SHARE * plan.num_steps)
+    options.training.warmup_steps = steps
+    line = f"--warmup_steps is {steps}: {WARMUP_SHARE:.0%} of the steps (default of pretrain 2000)"
+    return replace(plan, warmup_steps=steps), [line]
 
 
 def _bend_defaults(options: Options, config: Any) -> list[str]:
@@ -148,6 +212,7 @@ def _bend_defaults(options: Options, config: Any) -> list[str]:
 def _model_problems(options: Options, config: Any) -> list[str]:
     """What does not fit the model: layout, row length, global batch."""
     problems = layout_problems(options, world_size(), config)
+    problems += lora_problems(options, layout_of(options, world_size()), config)
     context = config.max_position_embeddings
     if options.model.max_length > context:
         problems.append(
@@ -207,6 +272,8 @@ def _setting_problems(options: Options) -> list[str]:
             f"--seed {options.training.seed} is too large: numpy takes seeds below 2^32 = {2**32}."
         )
     problems += data_option_problems(options)
+    if options.script == "finetune":
+        problems += chat_option_problems(options)
     problems += _folder_problems(options)
     problems += _problems_of(_check_load, options)
     return problems + _problems_of(_check_save_dir, options)
@@ -253,10 +320,10 @@ def _folder_problems(options: Options) -> list[str]:
 
 
 def local_model(name: str, cache_dir: str) -> Path:
-    """The folder of a local path or hub id; one process per host downloads."""
+    """The Hugging Face folder of a path, checkpoint or hub id; one process per host downloads."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return model_folder(name)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model_path {name}: no such folder.")
     from huggingface_hub import snapshot_download

@@ -4,6 +4,7 @@ Invariant: all ranks take the same decisions, because each is taken from shared 
 """
 
 import logging
+import math
 import socket
 import uuid
 from dataclasses import replace
@@ -18,8 +19,10 @@ from llama_lib import coordination, host, ledger
 from llama_lib.checkpoint import store
 from llama_lib.checkpoint.manifest import set_aside_newer
 from llama_lib.checkpoint.store import TrainerState
-from llama_lib.config import Options, dump_yaml
+from llama_lib.checkpoint.weights import load_weights
+from llama_lib.config import Options, dump_yaml, script_of
 from llama_lib.data.loader import BatchLoader
+from llama_lib.data.prepared import PreparedDataset
 from llama_lib.engine import Engine
 from llama_lib.errors import RunError, UserError
 from llama_lib.evaluate import HeldOut
@@ -46,6 +49,11 @@ SHAPE_FIELDS = (
     "rope_scaling",
     "tie_word_embeddings",
 )
+
+
+# What decides the rows of a fine-tuning run, besides its conversations.
+CHAT_FIELDS = ("no_packing", "min_length", "overlong", "loss_role", "other_role_weight")
+LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_targets")
 
 
 def train(run: Run) -> int:
@@ -75,13 +83,18 @@ def _train(run: Run, device: torch.device) -> int:
     for line in filter(None, [host.optional_packages(), *run.notes, *run.describe(rows)]):
         say(line)
     engine = Engine(options, run.layout, run.config, device, run.plan.accumulation)
+    if options.model.lora_rank:
+        count = sum(map(math.prod, engine.trained.values()))
+        say(f"adapters of rank {options.model.lora_rank}: {count:,} trained parameters")
+    # Adapters are trained on weights that a checkpoint does not hold.
+    if run.model_folder is not None and (checkpoint is None or options.model.lora_rank):
+        new_rows = run.chat.new_rows if run.chat else None
+        load_weights(engine, run.model_folder, "--model_path", new_rows=new_rows)
     if checkpoint is not None:
         store.load(engine, checkpoint, state)
         if dist.get_rank() == 0:
             for line in set_aside_newer(options.checkpoint.save_dir, state.step):
                 say(line)
-    elif run.model_folder is not None:
-        store.load_weights(engine, run.model_folder, "--model_path")
     return _trainer(run, engine, state).fit()
 
 
@@ -142,17 +155,23 @@ def _trainer(run: Run, engine: Engine, state: TrainerState) -> Trainer:
         position=state.position,
     )
     held_out = run.data.held_out
-    evaluated = (
-        HeldOut(held_out, options.model.max_length, options.model.document_mask)
-        if held_out
-        else None
-    )
+    if isinstance(held_out, PreparedDataset):
+        held_out = HeldOut(held_out, options.model.max_length, options.model.document_mask)
     part = ledger.Part(
         state.step + 1, plan.num_steps, plan.global_batch, run.data.identity, state.position
     )
     book = ledger.LedgerWriter(options.checkpoint.save_dir, part, dist.get_rank() == 0)
     return Trainer(
-        options, engine, plan, loader, run.tokenizer, state, evaluated, book, run.data.available
+        options,
+        engine,
+        plan,
+        loader,
+        run.tokenizer,
+        state,
+        held_out,
+        run.chat,
+        book,
+        run.data.available,
     )
 
 
@@ -170,6 +189,10 @@ def _facts(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         "streaming": run.options.data.streaming,
         "seed": run.options.training.seed,
     }
+    if run.chat is not None:
+        data |= {name: getattr(run.options.data, name) for name in CHAT_FIELDS}
+    if run.options.model.lora_rank:
+        shape |= {name: getattr(run.options.model, name) for name in LORA_FIELDS}
     return shape, data
 
 
@@ -192,6 +215,7 @@ def _starting_point(run: Run, say: Any) -> tuple[TrainerState, Path | None]:
         _skip_steps(run, fresh, say)
         return fresh, None
     state = store.read_state(checkpoint)
+    _refuse_other_script(checkpoint, state, options)
     if changes := run.data.changes(state.stream):
         raise UserError(changes)
     _refuse_other_run(checkpoint, state, model, data)
@@ -199,12 +223,24 @@ def _starting_point(run: Run, say: Any) -> tuple[TrainerState, Path | None]:
         say(line)
     run.plan = continued_plan(run, state)
     _skip_steps(run, state, say)
+    if checkpoint.parent.resolve() != Path(options.checkpoint.save_dir).resolve():
+        # The best one so far is not in the folder that this run looks after.
+        state.best = None
     say(
         f"resumed {checkpoint} at step {state.step}: {state.samples:,} samples and "
         f"{state.tokens:,} tokens seen"
         + ("" if state.loss is None else f", last logged loss {state.loss:.4f}")
     )
     return state, checkpoint
+
+
+def _refuse_other_script(checkpoint: Path, state: TrainerState, options: Options) -> None:
+    script = script_of(state.options)
+    if script != options.script:
+        raise UserError(
+            f"{checkpoint} is of {script}.py: --load continues a run of the same script. To start "
+            f"from its weights: --model_path {checkpoint}, with a --save_dir of its own."
+        )
 
 
 def _refuse_other_run(
@@ -225,6 +261,8 @@ def _refuse_other_run(
         "streaming": "the order of the data would change; give --streaming as before",
         "seed": "the data order would start anew; give the same --seed",
     }
+    rows_change = "rows and data position would change; give the same --"
+    remedies |= {name: rows_change + name for name in CHAT_FIELDS if name in data}
     # Checkpoints of older versions know no other way than these.
     saved = {"packing": "concat", "streaming": False} | state.data
     saved["data"] = saved.pop("manifest", None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_lib.config import Options
+from llama_lib.data.chat.records import resolve_conversations
 from llama_lib.data.entries import Entry, parse_entries
 from llama_lib.data.opening import is_tokenised
 from llama_lib.data.prepare import PrepareRequest, prepare
@@ -30,7 +31,7 @@ ROWS_HAVE_NO_BORDERS = (
 def bend_data_defaults(options: Options) -> list[str]:
     """Held-out text cannot be taken from a stream: --eval_ratio is 0 there."""
     data = options.data
-    if not data.streaming or _is_chosen(options, "eval_ratio") or data.eval_ratio == 0:
+    if not data.streaming or is_chosen(options, "eval_ratio") or data.eval_ratio == 0:
         return []
     data.eval_ratio = 0.0
     if data.eval_data:
@@ -38,7 +39,7 @@ def bend_data_defaults(options: Options) -> list[str]:
     return ["--eval_ratio is 0: a stream is read once; give --eval_data for held-out text"]
 
 
-def _is_chosen(options: Options, name: str) -> bool:
+def is_chosen(options: Options, name: str) -> bool:
     """Whether an option was given a value of its own: a run's specs.yaml holds the defaults too."""
     values, defaults = options.to_dict(), Options(script=options.script).to_dict()
     return name in options.typed and any(
@@ -76,7 +77,7 @@ def _streaming_problems(options: Options) -> list[str]:
             "--streaming needs --max_steps or --max_tokens: how long a stream is shows only at its "
             "end, and the learning rate's schedule needs the number of steps."
         )
-    if _is_chosen(options, "num_epochs"):
+    if is_chosen(options, "num_epochs"):
         problems.append(
             "--num_epochs has no meaning with --streaming, which begins anew when it comes to the "
             "end; say how long with --max_steps or --max_tokens."
@@ -86,7 +87,7 @@ def _streaming_problems(options: Options) -> list[str]:
             f"--packing {data.packing} needs the lengths of all documents, which a stream does not "
             "know; leave out --streaming, or use --packing concat."
         )
-    if _is_chosen(options, "eval_ratio") and data.eval_ratio > 0 and not data.eval_data:
+    if is_chosen(options, "eval_ratio") and data.eval_ratio > 0 and not data.eval_data:
         problems.append(
             f"--eval_ratio {data.eval_ratio} cannot be taken from a stream; give --eval_data."
         )
@@ -111,12 +112,16 @@ def _entries(words: list[str]) -> list[Entry]:
 def local_data_problems(options: Options) -> list[str]:
     """Wrong files and folders, shown beside other problems; alone, `prepare` names them."""
     cache_dir = Path(options.data.cache_dir).expanduser()
+    chats = options.script == "finetune"
     problems = []
     for entry in _entries(options.data.dataset) + _entries(options.data.eval_data or []):
         local = entry.name != "sample" and not is_on_hub(entry.name)
-        if local and not is_tokenised(entry.name):
+        if local and (chats or not is_tokenised(entry.name)):
             try:
-                resolve(entry.name, cache_dir)
+                if chats:
+                    resolve_conversations(entry.name, None, cache_dir)
+                else:
+                    resolve(entry.name, cache_dir)
             except UserError as error:
                 problems += error.problems
     return problems
@@ -255,9 +260,9 @@ def ignored_data_settings(options: Options, held_out: PreparedDataset | None) ->
         notes.append("--eval_interval is ignored: there is no held-out text (see --eval_ratio)")
     tokens = [is_tokenised(entry.name) for entry in _entries(options.data.dataset)]
     for name in ("eval_ratio", "skip_bad_lines", "workers"):
-        if all(tokens) and _is_chosen(options, name):
+        if all(tokens) and is_chosen(options, name):
             notes.append(f"--{name} is ignored: --dataset is prepared already")
-    if options.data.eval_data and _is_chosen(options, "eval_ratio") and options.data.eval_ratio:
+    if options.data.eval_data and is_chosen(options, "eval_ratio") and options.data.eval_ratio:
         notes.append("--eval_ratio is ignored: --eval_data is the held-out text")
     if options.data.streaming and any(
         is_tokenised(entry.name) for entry in _entries(options.data.eval_data or [])
@@ -266,6 +271,6 @@ def ignored_data_settings(options: Options, held_out: PreparedDataset | None) ->
             "--eval_data is tokenised already: its documents cannot be recognised in the stream, "
             "so nothing is left out of it"
         )
-    if _is_chosen(options, "shuffle_window") and not options.data.streaming:
+    if is_chosen(options, "shuffle_window") and not options.data.streaming:
         notes.append("--shuffle_window is ignored: prepared documents are all shuffled")
     return notes

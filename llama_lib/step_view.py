@@ -8,11 +8,12 @@ from pathlib import Path
 
 from llama_lib import ledger
 from llama_lib.checkpoint.manifest import step_directories
-from llama_lib.config import Options, parse_options
-from llama_lib.data.training_data import Passage
+from llama_lib.config import Options, parse_options, script_of
+from llama_lib.data.training_data import Passage, TrainingData
 from llama_lib.errors import UserError
 from llama_lib.models import model_config
-from llama_lib.preflight import local_model
+from llama_lib.preflight import starting_model
+from llama_lib.run_chat import open_chat
 from llama_lib.run_data import open_data
 
 
@@ -26,10 +27,7 @@ def passages_of_step(save_dir: str, step: int) -> list[tuple[int, list[Passage]]
     options = _options(save_dir)
     if options.data.streaming and not entry.stream:
         raise UserError(f"--step {step}: the run in {save_dir} did not come so far.")
-    source = options.model.model_path
-    folder = None if source is None else local_model(source, options.data.cache_dir)
-    config = model_config(options.model.config if folder is None else str(folder))
-    data, _ = open_data(options, config, folder)
+    data = _data(options)
     if data.identity != entry.part.identity:
         raise UserError(
             f"the data of the run in {save_dir} have changed: their hash was "
@@ -39,11 +37,27 @@ def passages_of_step(save_dir: str, step: int) -> list[tuple[int, list[Passage]]
     return list(zip(entry.samples, data.passages(entry.samples, entry.stream), strict=True))
 
 
+def _data(options: Options) -> TrainingData:
+    folder = starting_model(options)
+    config = model_config(options.model.config if folder is None else str(folder))
+    if options.script == "finetune":
+        assert folder is not None
+        return open_chat(options, config, folder)[0]
+    return open_data(options, config, folder)[0]
+
+
 def _options(save_dir: str) -> Options:
     path = Path(save_dir) / "specs.yaml"
     if not path.is_file():
         raise UserError(f"{save_dir} holds no specs.yaml: expected the --save_dir of a run.")
-    return parse_options("pretrain", ["--spec_file", str(path)])
+    import yaml
+
+    script = script_of(yaml.safe_load(path.read_text(encoding="utf-8")))
+    options = parse_options(script, ["--spec_file", str(path)])
+    if options.script == "finetune" and options.model.model_path is None:
+        # The run was continued without naming the model it began with; its own will do.
+        options.checkpoint.load, options.checkpoint.save_dir = "auto", save_dir
+    return options
 
 
 def show_step(save_dir: str, step: int) -> None:

@@ -24,11 +24,13 @@ from llama_lib.data.loader import BatchLoader, Rows, StepRows, rows_hash
 from llama_lib.devices import on_device
 from llama_lib.engine import Engine, GradientNorm, MicroBatch
 from llama_lib.errors import RunError
-from llama_lib.evaluate import HeldOut, held_out_losses, sample_text
+from llama_lib.evaluate import TOTAL, HeldOut, HeldOutRows, measure
 from llama_lib.layout import BatchPlan
 from llama_lib.ledger import LedgerWriter, consumption, tokens_by_source
 from llama_lib.metrics import Console, MetricsSink, StepRecord, final_line
 from llama_lib.optim import learning_rate, set_learning_rate
+from llama_lib.run_chat import Chat
+from llama_lib.samples import answers, sample_text
 from llama_lib.timing import Stopwatch
 
 # One bad batch or a loss scale still settling is normal; ten in a row never recovered by itself in
@@ -45,6 +47,7 @@ class Trainer:
         loader: gives the micro-batches of this rank; its step counts from 0.
         state: where the run stands; step 0 for a fresh one.
         held_out: what `eval_interval` measures, or None.
+        chat: what the model is served with after fine-tuning; None in pre-training.
         ledger: where the rows of every step are written down.
         available: tokens of each source in one pass, for the report at the end.
     """
@@ -57,18 +60,20 @@ class Trainer:
         loader: BatchLoader,
         tokenizer: Any,
         state: TrainerState,
-        held_out: HeldOut | None = None,
+        held_out: HeldOutRows | None = None,
+        chat: Chat | None = None,
         ledger: LedgerWriter | None = None,
         available: dict[str, int] | None = None,
     ) -> None:
         self.options, self.engine, self.plan, self.loader = options, engine, plan, loader
         self.tokenizer, self.state, self.held_out = tokenizer, state, held_out
-        self.ledger, self.available = ledger, available or {}
+        self.chat, self.ledger, self.available = chat, ledger, available or {}
         self.consumed_before = dict(state.consumed)
         self.consumed: dict[str, int] = {}  # training tokens of this replica's rows, by source
         self.is_main = dist.get_rank() == 0
         self.nonfinite_steps = 0
         self.saved_step = state.step if state.step else None
+        self.measured: tuple[int, float] | None = None  # step and held-out loss
         self.first_step = state.step + 1
         self.memory_mb = 0.0
         self.console = Console(plan.num_steps, state.step, self.is_main)
@@ -120,7 +125,7 @@ class Trainer:
             step, self.plan.num_steps, self.plan.warmup_steps, self.options.training.lr
         )
         set_learning_rate(self.engine.optimizer, lr)
-        loss = self.engine.forward_backward(batches, max(1, rows.num_labels))
+        loss = self.engine.forward_backward(batches, rows.num_labels or 1)
         grad_norm = self.engine.step()
         self._advance(rows)
         self._watch_norm(grad_norm)
@@ -137,7 +142,10 @@ class Trainer:
         labels = ids
         if rows.labels is not rows.ids:
             labels = on_device(torch.from_numpy(rows.labels), self.engine.device)
-        return MicroBatch(ids, labels, documents)
+        weights = None
+        if rows.weights is not None:
+            weights = on_device(torch.from_numpy(rows.weights), self.engine.device)
+        return MicroBatch(ids, labels, documents, weights)
 
     def _advance(self, rows: StepRows) -> None:
         self.state.step += 1
@@ -158,17 +166,31 @@ class Trainer:
     def after_step(self, request: Request) -> None:
         """Evaluate, sample and save where the step or a request asks for it."""
         step, last = self.state.step, self.state.step == self.plan.num_steps
-        report, checkpoint = self.options.report, self.options.checkpoint
-        if self.held_out and report.eval_interval and (step % report.eval_interval == 0 or last):
+        saves = request.save or last or step % self.options.checkpoint.save_interval == 0
+        if self._is_measured(step, last, saves):
             with self.watch.paused():
-                self._evaluate(self.held_out)
-        if report.sample_interval and step % report.sample_interval == 0:
+                self._evaluate()
+        if self._is_sampled(step, last):
             with self.watch.paused():
-                text = sample_text(self.engine, self.tokenizer, self.held_out, self.plan, step)
-                self.say(f"sample at step {step}: {text!r}")
-        if request.save or last or step % checkpoint.save_interval == 0:
+                self._show_samples(step)
+        if saves:
             with self.watch.paused():
                 self._save(must_succeed=last or request.leave)
+
+    def _is_sampled(self, step: int, last: bool) -> bool:
+        interval = self.options.report.sample_interval
+        at_the_end = last and self.chat is not None and bool(self.chat.prompts)
+        return at_the_end or (interval > 0 and step % interval == 0)
+
+    def _is_measured(self, step: int, last: bool, saves: bool) -> bool:
+        """At every --eval_interval and at the end; in fine-tuning at every checkpoint too, of which
+        the best is kept."""
+        if self.held_out is None:
+            return False
+        if self.chat is not None and saves:
+            return True
+        interval = self.options.report.eval_interval
+        return interval > 0 and (step % interval == 0 or last)
 
     # -- what a step leaves behind ---------------------------------------------------------------
 
@@ -282,13 +304,38 @@ class Trainer:
 
     # -- evaluation, checkpoints, the end ----------------------------------------------------------
 
-    def _evaluate(self, held_out: HeldOut) -> None:
-        losses = held_out_losses(self.engine, held_out, self.plan, self.options.report.eval_steps)
-        self.sink.log_eval(self.state.step, losses)
-        shown = "  ".join(f"{source} {loss:.4f}" for source, loss in losses.items())
-        if self.is_main:
-            shown += f"  (unigram entropy {held_out.entropy:.4f})"
+    def _evaluate(self) -> None:
+        assert self.held_out is not None
+        found = measure(self.engine, self.held_out, self.plan, self.options.report.eval_steps)
+        self.sink.log_eval(self.state.step, found)
+        shown = "  ".join(f"{name} {value.loss:.4f}" for name, value in found.items())
+        if isinstance(self.held_out, HeldOut):
+            if self.is_main:
+                shown += f"  (unigram entropy {self.held_out.entropy:.4f})"
+        elif found:
+            shown += f"  token accuracy {found[TOTAL].accuracy:.1%}"
         self.say(f"held-out loss at step {self.state.step}: {shown}")
+        self.measured = (self.state.step, found[TOTAL].loss) if found else None
+
+    def _show_samples(self, step: int) -> None:
+        if self.chat is None:
+            text = sample_text(self.engine, self.tokenizer, self.held_out, self.plan, step)
+            self.say(f"sample at step {step}: {text!r}")
+            return
+        prompts = self.chat.prompts
+        found = answers(self.engine, self.tokenizer, prompts, self.plan, self.chat.end_token_ids)
+        for prompt, answer in zip(prompts, found, strict=True):
+            self.say(f"asked at step {step}: {prompt!r} -> {answer!r}")
+
+    def _best(self) -> dict[str, Any] | None:
+        """The best checkpoint when the present step is saved."""
+        best = self.state.best
+        if self.chat is None or self.measured is None or self.measured[0] != self.state.step:
+            return best
+        loss = self.measured[1]
+        if best is not None and loss >= best["loss"]:
+            return best
+        return {"step": self.state.step, "loss": loss}
 
     def _save(self, must_succeed: bool) -> None:
         if self.saved_step == self.state.step:
@@ -303,13 +350,21 @@ class Trainer:
         )
         self.state.schedule = self._schedule()
         self.state.options = self.options.to_dict()
+        best = self.state.best
+        self.state.best = self._best()
         try:
             path = store.save(
-                self.engine, self.state, self.tokenizer, checkpoint.save_dir, checkpoint.keep_last
+                self.engine,
+                self.state,
+                self.tokenizer,
+                checkpoint.save_dir,
+                checkpoint.keep_last,
+                self.chat.end_token_ids if self.chat else None,
             )
         except RunError as error:
             if must_succeed:
                 raise
+            self.state.best = best
             # A full disk now may have room at the next interval: losing the run helps nobody.
             self.say(f"warning: {error} Training goes on; the next save is tried as planned.")
             return
@@ -375,7 +430,11 @@ class Trainer:
         self.say("next:")
         self.say("  resume      the same command with --load auto")
         self.say(f"  curves      tensorboard --logdir {self.options.report.tensorboard_dir}")
-        self.say(f"  try it      python -m llama_lib generate {newest} --prompt 'Once'")
+        if self.state.best is not None:
+            best = store.step_directory(save_dir, self.state.best["step"])
+            self.say(f"  best        {best} (held-out loss {self.state.best['loss']:.4f})")
+        how = "--chat" if self.chat else "--prompt 'Once'"
+        self.say(f"  try it      python -m llama_lib generate {newest} {how}")
         self.say(final_line(self.memory_mb, rate, tflops))
 
     def say(self, text: str) -> None:

@@ -17,6 +17,7 @@ host.install()
 
 from llama_lib.checkpoint import manifest, store, tensors, verify  # noqa: E402
 from llama_lib.checkpoint.manifest import MANIFEST, step_directories  # noqa: E402
+from llama_lib.data.tokenizer import save_tokenizer, train_tokenizer  # noqa: E402
 from llama_lib.engine import Engine  # noqa: E402
 from tests.distributed.cases import MODEL  # noqa: E402
 from tests.distributed.checks import (  # noqa: E402
@@ -162,6 +163,46 @@ def test_keep_last_removes_only_after_a_newer_one_is_complete(save, tmp_path):
     for step in (1, 2, 3):
         save(step, keep_last=2)
     assert [path.name for path in step_directories(tmp_path)] == ["step-00000003", "step-00000002"]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last_and_named(engine, tmp_path):
+    def save(step: int, best: int | None) -> None:
+        state = store.TrainerState(step, 0, 0, 0, 42, {})
+        state.best = None if best is None else {"step": best, "loss": 1.0}
+        store.save(engine, state, None, str(tmp_path), keep_last=1)
+
+    def kept() -> list[int]:
+        return [int(path.name[5:]) for path in step_directories(tmp_path)]
+
+    best = tmp_path / "best"
+    save(1, None)
+    assert not best.exists()
+    for step in (2, 3, 4):
+        save(step, best=2)
+        assert best.read_text() == "step-00000002\n"
+        assert (tmp_path / "latest").read_text() == f"step-{step:08d}\n"
+    assert kept() == [4, 2]
+    assert store.read_state(store.step_directory(tmp_path, 4)).best == {"step": 2, "loss": 1.0}
+    save(5, best=5)
+    assert kept() == [5]
+    assert best.read_text() == "step-00000005\n"
+
+
+def test_the_saved_model_stops_and_speaks_as_it_was_trained(engine, tmp_path):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    save_tokenizer(train_tokenizer(["some words"] * 9, 300), tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{{ eos_token }}"
+    state = store.TrainerState(1, 0, 0, 0, 42, {})
+    path = store.save(engine, state, tokenizer, str(tmp_path), None, end_token_ids=[7, 9])
+    assert GenerationConfig.from_pretrained(path / "model").eos_token_id == [7, 9]
+    served = AutoTokenizer.from_pretrained(path / "model")
+    talk = [{"role": "user", "content": "some words"}]
+    assert served.apply_chat_template(talk) == tokenizer.apply_chat_template(talk)
+    state.step = 2
+    path = store.save(engine, state, tokenizer, str(tmp_path), None)
+    assert GenerationConfig.from_pretrained(path / "model").eos_token_id == tokenizer.eos_token_id
 
 
 def test_auto_passes_over_damage_and_says_so(save, tmp_path):

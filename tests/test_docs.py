@@ -19,7 +19,7 @@ import pytest
 from llama_lib import host
 from llama_lib.__main__ import COMMANDS
 from llama_lib.__main__ import main as llama_lib_main
-from llama_lib.config import DEPRECATED, SECTIONS, options_table, parse_options
+from llama_lib.config import DEPRECATED, SCRIPTS, SECTIONS, options_table, parse_options
 from llama_lib.errors import UserError
 from llama_lib.layout import accumulation_of, layout_of, layout_problems
 from llama_lib.models import MODELS, model_config
@@ -95,13 +95,15 @@ def colossalai_run() -> Any:
     return run
 
 
-def check_pretrain(argv: list[str], processes: int) -> None:
+def check_script(program: str, argv: list[str], processes: int) -> None:
     """The options are read, and the numbers fit each other, the model and the processes."""
     if "--help" in argv or any("OTHER" in word for word in argv):
         return
     if "--spec_file" in argv and not (ROOT / argv[argv.index("--spec_file") + 1]).is_file():
         return  # written by a run
-    options = parse_options("pretrain", argv)
+    script = program.removesuffix(".py")
+    assert program == f"{script}.py" and script in SCRIPTS
+    options = parse_options(script, argv)
     name = options.model.config
     if name not in MODELS or options.model.model_path is not None:
         return
@@ -120,22 +122,21 @@ def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not missing, f"the Makefile has no {missing}"
     elif program == "torchrun":
         arguments = torchrun_parser().parse_args(rest)
-        assert arguments.training_script == "pretrain.py"
         hosts = int(arguments.nnodes.split(":")[-1])
         per_host = int(arguments.nproc_per_node)
-        check_pretrain(arguments.training_script_args, hosts * per_host)
+        check_script(arguments.training_script, arguments.training_script_args, hosts * per_host)
     elif program == "colossalai":
         assert rest[0] == "run"
         given = colossalai_run().make_context("run", rest[1:]).params
-        assert given["user_script"] == "pretrain.py"
         named = (given["host"] or "").split(",")
         hosts = HOSTS if given["hostfile"] else len(named)
-        check_pretrain(list(given["user_args"]), hosts * given["nproc_per_node"])
+        user_args = list(given["user_args"])
+        check_script(given["user_script"], user_args, hosts * given["nproc_per_node"])
     elif Path(program).name.startswith("python"):
         if rest[:2] == ["-m", "llama_lib"]:
             parser_of(monkeypatch, rest[2:], parsing=True)
-        elif rest[:1] == ["pretrain.py"]:
-            check_pretrain(rest[1:], 1)
+        elif rest and rest[0].endswith(".py"):
+            check_script(rest[0], rest[1:], 1)
         else:
             assert rest[:2] == ["-m", "venv"] or rest[:1] == ["-c"], rest
     else:
@@ -182,17 +183,24 @@ def test_the_readme_shows_every_way_to_start():
 
 
 def with_current_tables(text: str) -> str:
-    return TABLE.sub(lambda found: f"{found[1]}\n{options_table(found[2])}\n{found[3]}", text)
+    """Every table of options as it is now; that of finetune.py has what pretrain.py has not."""
+
+    def table(script: str) -> str:
+        return options_table(script, None if script == "pretrain" else "pretrain")
+
+    return TABLE.sub(lambda found: f"{found[1]}\n{table(found[2])}\n{found[3]}", text)
 
 
-def test_options_table_is_current():
-    text = (ROOT / "README.md").read_text()
-    assert TABLE.search(text)
-    assert text == with_current_tables(text), "stale: run `python -m tests.test_docs`"
+def test_options_tables_are_current():
+    scripts = [found[2] for page in PAGES for found in TABLE.finditer(page.read_text())]
+    assert sorted(scripts) == sorted(SCRIPTS)
+    for page in PAGES:
+        text = page.read_text()
+        assert text == with_current_tables(text), "stale: run `python -m tests.test_docs`"
 
 
 def known_flags(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    options = declared(SECTIONS, "pretrain").values()
+    options = [item for script in SCRIPTS for item in declared(SECTIONS, script).values()]
     flags = {flag for item in options for flag in item.flags} | {f"--{old}" for old in DEPRECATED}
     flags |= {"--help", "--spec_file", "--no-deps", "--logdir"}
     for name in COMMANDS:
@@ -291,5 +299,5 @@ def test_the_licence_is_apache_2():
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_current_tables(readme.read_text()))
+    for page in PAGES:
+        page.write_text(with_current_tables(page.read_text()))

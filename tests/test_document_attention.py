@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from llama_lib import document_attention
 from llama_lib.document_attention import (
@@ -177,20 +182,23 @@ def test_other_documents_are_not_compiled_again():
 # -- models ----------------------------------------------------------------------------------------
 
 
-def plain_model():
+def plain_model(kind="llama"):
     torch.manual_seed(0)
+    if kind == "mistral":  # the window is as long as a row, the most it may be
+        return MistralForCausalLM(MistralConfig(**CONFIG, sliding_window=200))
     return LlamaForCausalLM(LlamaConfig(**CONFIG))
 
 
-def masked_model():
-    model = plain_model()
+def masked_model(kind="llama"):
+    model = plain_model(kind)
     use_document_attention(model)
     return model
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_packed_row_has_the_logits_of_its_documents_alone(kernel, every_kernel):
-    model, plain = masked_model(), plain_model()
+def test_a_packed_row_has_the_logits_of_its_documents_alone(kernel, kind, every_kernel):
+    model, plain = masked_model(kind), plain_model(kind)
     ids = torch.randint(0, 101, (3, 200))
     documents = numbered()
     mask = KERNELS[kernel](documents, CPU)
@@ -208,6 +216,34 @@ def test_a_packed_row_has_the_logits_of_its_documents_alone(kernel, every_kernel
                 start += length
     if kernel == "flash_attn_varlen":
         assert every_kernel == [sum(len(row) for row in ROWS)] * CONFIG["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_documents_themselves_are_made_into_the_mask_of_the_kernel(dtype, monkeypatch):
+    """What the stages of a pipeline are handed; once per forward pass, not once per layer."""
+    model, documents = masked_model().to(dtype), numbered()
+    ids = torch.randint(0, 101, (3, 200))
+    chosen, made = [], []
+    of = KERNELS["sdpa_block_mask"]
+    monkeypatch.setattr(
+        document_attention,
+        "document_kernel",
+        lambda *where: chosen.append(where) or "sdpa_block_mask",
+    )
+    monkeypatch.setitem(KERNELS, "sdpa_block_mask", lambda *given: made.append(given) or of(*given))
+    positions = document_positions(documents)
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=documents, position_ids=positions).logits
+        assert chosen == [(CPU, dtype)] and len(made) == 1
+        mask = of(documents, CPU)
+        expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    assert torch.equal(found, expected)
+
+
+def test_a_mask_of_padding_is_not_taken_for_documents():
+    ids = torch.randint(0, 101, (1, 8))
+    with pytest.raises(AssertionError, match="not a mask of padding"):
+        masked_model()(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 def test_without_documents_it_is_transformers_causal_attention():

@@ -9,11 +9,13 @@ import logging
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from transformers import LlamaConfig
 
 from llama_lib import engine, host
 from llama_lib.config import parse_options
-from llama_lib.engine import Engine, MicroBatch, build_model, padded_vocabulary
+from llama_lib.criterion import IGNORED
+from llama_lib.engine import Engine, MicroBatch, build_model
 from llama_lib.layout import layout_of
 
 CONFIG = {
@@ -70,11 +72,6 @@ def test_lazy_parameters_get_a_generator_of_the_device_they_will_be_on(monkeypat
     assert set(devices) == {torch.device("cuda", 0)}
 
 
-def test_padded_vocabulary_is_colossalais():
-    assert padded_vocabulary(32000, 1) == 32000
-    assert padded_vocabulary(32003, 2) == 32128
-
-
 @pytest.fixture
 def process_group(tmp_path):
     store = dist.FileStore(str(tmp_path / "store"), 1)
@@ -86,6 +83,29 @@ def process_group(tmp_path):
 def engine_of(flags: str) -> Engine:
     options = parse_options("pretrain", f"-d unused -p zero2 -x bf16 -b 2 {flags}".split())
     return Engine(options, layout_of(options, 1), LlamaConfig(**CONFIG), CPU, accumulation=1)
+
+
+def test_the_score_is_what_transformers_says(process_group):
+    """On every replica: loss times weights, and how many labels are the likeliest token."""
+    engine_ = engine_of("")
+    ids = torch.randint(100, (4, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :5] = IGNORED
+    weights = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
+    weights[2, 3] = 0.0
+    with torch.no_grad():
+        logits = engine_.module(input_ids=ids).logits[:, :-1].float()
+    losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+    counted = (labels != IGNORED) & (weights > 0)
+    right = (logits.argmax(-1) == labels[:, 1:]) & counted[:, 1:]
+    batches = [
+        MicroBatch(ids[rows], labels[rows], weights=weights[rows])
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    found = engine_.score(batches)
+    assert found.loss_sum == pytest.approx((losses * weights[:, 1:]).sum().item(), rel=1e-5)
+    assert found.labels == counted[:, 1:].sum()
+    assert found.correct == right.sum()
 
 
 DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1]], dtype=torch.int32)

@@ -14,7 +14,7 @@ from llama_lib.data.prepared import PreparedDataset
 from llama_lib.data.sample import sample_records
 from llama_lib.data.tokenizer import save_tokenizer, train_tokenizer
 from llama_lib.document_attention import DenseMask, document_positions, use_document_attention
-from llama_lib.evaluate import TOTAL, HeldOut, held_out_losses, row_documents
+from llama_lib.evaluate import TOTAL, HeldOut, measure, row_documents
 
 LENGTH = 24
 VOCABULARY = 300
@@ -62,10 +62,10 @@ def model(masked: bool) -> LlamaForCausalLM:
 
 
 def engine(llama: LlamaForCausalLM, rank: int) -> SimpleNamespace:
-    """`loss_sum` of one of two replicas, the other's part left out."""
+    """`score` of one of two replicas, the other's part left out."""
 
-    def loss_sum(batches):
-        total = torch.zeros(())
+    def score(batches):
+        total, correct, labels = 0.0, 0, 0
         for batch in batches:
             inputs = {"input_ids": batch.input_ids}
             if batch.documents is not None:
@@ -73,10 +73,13 @@ def engine(llama: LlamaForCausalLM, rank: int) -> SimpleNamespace:
                 inputs["position_ids"] = document_positions(batch.documents)
             with torch.no_grad():
                 logits = llama(**inputs).logits[:, :-1].flatten(0, 1)
-            total += cross_entropy(logits, batch.labels[:, 1:].flatten(), reduction="sum")
-        return total
+            targets = batch.labels[:, 1:].flatten()
+            total += cross_entropy(logits, targets, reduction="sum").item()
+            correct += int((logits.argmax(-1) == targets).sum())
+            labels += int((targets != -100).sum())
+        return SimpleNamespace(loss_sum=total, correct=correct, labels=labels)
 
-    return SimpleNamespace(dp_rank=rank, loss_sum=loss_sum)
+    return SimpleNamespace(dp_rank=rank, score=score)
 
 
 def expected_losses(dataset: PreparedDataset, masked: bool) -> dict[str, float]:
@@ -117,11 +120,23 @@ def test_the_mean_over_tokens_that_documents_have_alone(dataset, masked):
     """Over all of them: one row after every global batch was once left out."""
     held_out = HeldOut(dataset, LENGTH, document_mask=masked)
     plan = SimpleNamespace(global_batch=6, dp=2, batch_size=3)
-    parts = [
-        held_out_losses(engine(model(masked), rank), held_out, plan, 10**6) for rank in range(2)
-    ]
-    losses = {source: sum(part[source] for part in parts) for source in parts[0]}
+    parts = [measure(engine(model(masked), rank), held_out, plan, 10**6) for rank in range(2)]
+    losses = {source: sum(part[source].loss for part in parts) for source in parts[0]}
     assert losses == pytest.approx(expected_losses(dataset, masked), rel=TOLERANCE)
+
+
+def test_accuracy_is_the_share_of_likeliest_tokens_that_are_right(dataset):
+    plan = SimpleNamespace(global_batch=4, dp=1, batch_size=4)
+    found = measure(engine(model(False), 0), HeldOut(dataset, LENGTH), plan, 10**6)
+    right, labels = 0, 0
+    for source in dataset.sources:
+        for row in dataset.only(source).rows(LENGTH):
+            ids = torch.from_numpy(row.astype(np.int64))[None]
+            with torch.no_grad():
+                guesses = model(False)(input_ids=ids).logits[0, :-1].argmax(-1)
+            right, labels = right + int((guesses == ids[0, 1:]).sum()), labels + len(row) - 1
+    assert 0 < right < labels
+    assert found[TOTAL].accuracy == pytest.approx(right / labels)
 
 
 def test_the_mask_changes_the_loss(dataset):

@@ -77,11 +77,10 @@ def test_processes_are_divided(flags, processes, expected):
         ("-p zero2 --offload_optim_frac 1.0", 2, "zero2_cpu offloads the optimizer"),
         ("-p gemini_auto --offload_optim_frac 1.0", 2, "use -p gemini for fractions"),
         ("-p gemini --offload_param_frac 0.5", 2, "needs --offload_optim_frac 1.0"),
-        ("-p hybrid_parallel --pp 2 --document_mask", 2, "--document_mask with --pp above 1"),
         (
             "-p hybrid_parallel --tp 2 --sp_mode split_gather --document_mask",
             2,
-            "leave out --document_mask or --sp_mode",
+            "leave out --sp_mode, or leave out --document_mask",
         ),
         ("-p gemini -a --document_mask", 2, "-a with --document_mask"),
     ],
@@ -120,14 +119,45 @@ def test_models_that_are_not_tested_are_refused_by_name():
         "-p zero2_cpu",
         "-p hybrid_parallel",
         "-p hybrid_parallel --tp 2",
+        "-p hybrid_parallel --pp 2",
         "-p gemini -g --accumulation_steps 4",
     ],
 )
 def test_a_document_mask_goes_with_what_is_tested(flags):
     flags += " --document_mask -x bf16"
     assert problems(flags, 2) == []
-    assert "model type mistral" in problems(flags, 2, model_type="mistral")[-1]
+    assert "model type qwen2" in problems(flags, 2, model_type="qwen2")[-1]
     assert "attention_dropout above 0" in problems(flags, 2, attention_dropout=0.1)[-1]
+
+
+def test_a_document_mask_goes_with_mistral_inside_its_window():
+    mistral = {"model_type": "mistral", "sliding_window": 512}
+    flags = "-p zero2 -x bf16 --document_mask -l"
+    assert problems(f"{flags} 512", 2, **mistral) == []
+    (problem,) = problems(f"{flags} 513", 2, **mistral)
+    assert "--max_length 513" in problem and "--max_length 512 at most" in problem
+    assert problems("-p zero2 -x bf16 -l 513", 2, **mistral) == []
+    assert problems(f"{flags} 513", 2, model_type="mistral", sliding_window=None) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes"),
+    [
+        ("-p hybrid_parallel --tp 2 --sp_mode split_gather", {}),
+        ("-p gemini -a", {}),
+        ("-p zero2", {"attention_dropout": 0.1}),
+        ("-p zero2 -l 513", {"model_type": "mistral", "sliding_window": 512}),
+    ],
+)
+def test_packed_conversations_that_would_leak_are_refused_with_no_packing(flags, changes):
+    config = SimpleNamespace(**{**vars(MODEL), **changes})
+    chosen = parse_options("finetune", f"-d unused -x bf16 {flags}".split())
+    chosen.model.document_mask = True  # what preflight makes of packing
+    (problem,) = layout_problems(chosen, 2, config)
+    assert "packed conversations" in problem and "give --no_packing" in problem
+    assert "--document_mask" not in problem
+    chosen.model.document_mask = False
+    assert layout_problems(chosen, 2, config) == []
 
 
 def plan(flags: str, rows: int, processes: int = 2, length: int = 128):

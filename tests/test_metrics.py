@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llama_lib.metrics import Console, MetricsSink, StepRecord, final_line
+from llama_lib.metrics import Console, Measure, MetricsSink, StepRecord, final_line
 
 KEYS = ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "samples_per_second"]
 KEYS += ["tflops_per_gpu", "mfu", "memory_mb", "data_wait_s", "step_time_s", "loss_scale"]
@@ -30,7 +30,7 @@ def write_steps(folder: Path, steps: range, first_step: int | None = None, **cha
     sink = MetricsSink(folder, first_step or steps.start, is_writer=True)
     for step in steps:
         sink.log(record(step, **changes))
-        sink.log_eval(step, {"books": float(step), "code": 2.0})
+        sink.log_eval(step, {"books": Measure(float(step), 0.5), "code": Measure(2.0, 0.25)})
     sink.close()
 
 
@@ -42,6 +42,7 @@ def test_records_have_the_agreed_keys_in_order(tmp_path):
     assert strict(tmp_path / "eval.jsonl")[1] == {
         "step": 2,
         "losses": {"books": 2.0, "code": 2.0},
+        "accuracies": {"books": 0.5, "code": 0.25},
     }
 
 
@@ -55,7 +56,7 @@ def test_records_are_on_disk_at_once(tmp_path):
 def test_nan_and_infinity_are_null(tmp_path):
     sink = MetricsSink(tmp_path, 1, is_writer=True)
     sink.log(record(1, loss=math.nan, grad_norm=math.inf))
-    sink.log_eval(1, {"books": math.nan})
+    sink.log_eval(1, {"books": Measure(math.nan, 0.0)})
     sink.close()
     (line,) = strict(tmp_path / "metrics.jsonl")
     assert line["loss"] is None and line["grad_norm"] is None
@@ -103,7 +104,7 @@ def test_tensorboard_shows_one_curve_after_a_resume(tmp_path):
 def test_only_the_writer_writes(tmp_path, capsys):
     sink = MetricsSink(tmp_path / "tb", 1, is_writer=False)
     sink.log(record(1))
-    sink.log_eval(1, {"books": 1.0})
+    sink.log_eval(1, {"books": Measure(1.0, 0.0)})
     sink.close()
     console = Console(10, 0, is_writer=False, is_terminal=True)
     console.advance()

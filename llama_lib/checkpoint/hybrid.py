@@ -51,17 +51,23 @@ def _join(part: Tensor, axis: int | None, shape: Sequence[int], io: Any) -> Tens
     return part[tuple(slice(size) for size in shape)]
 
 
+def cut_weight(full: Tensor, parameter: Tensor, io: Any) -> Tensor:
+    """This rank's part of a weight given in full shape, a view of it where nothing is padded."""
+    axis, part = _cut_axis(parameter), full
+    if axis is not None:
+        size = parameter.shape[axis]
+        first = min(io.tp_rank * size, full.shape[axis])
+        part = full.narrow(axis, first, min(size, full.shape[axis] - first))
+    # pad() counts from the last axis, two numbers each.
+    missing = [size - held for size, held in zip(parameter.shape, part.shape, strict=True)]
+    if any(missing):  # pad() copies even when there is nothing to add
+        part = pad(part, [number for size in reversed(missing) for number in (0, size)])
+    return part
+
+
 def cut_state(full: Tensor, parameter: Tensor, io: Any) -> Tensor:
     """This rank's shard of a master or moment of `parameter` given in full shape."""
-    axis = _cut_axis(parameter)
-    sizes = list(parameter.shape)
-    if axis is not None:
-        sizes[axis] *= io.tp_size
-    # pad() counts from the last axis, two numbers each.
-    missing = [size - held for size, held in zip(sizes, full.shape, strict=True)]
-    if any(missing):  # pad() copies even when there is nothing to add
-        full = pad(full, [number for size in reversed(missing) for number in (0, size)])
-    part = full if axis is None else full.chunk(io.tp_size, dim=axis)[io.tp_rank]
+    part = cut_weight(full, parameter, io)
     if io.use_zero:
         return flat_share(part, io.global_dp_size, io.dp_rank)
     return part
@@ -72,4 +78,5 @@ def flat_share(tensor: Tensor, size: int, rank: int) -> Tensor:
     flat = tensor.flatten()
     length = -(-flat.numel() // size)
     part = flat[rank * length : (rank + 1) * length]
-    return pad(part, (0, length - part.numel()))
+    missing = length - part.numel()
+    return pad(part, (0, missing)) if missing else part

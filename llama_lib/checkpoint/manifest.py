@@ -201,13 +201,25 @@ def publish(temporary: Path, final: Path) -> None:
 
 def point_latest(final: Path) -> None:
     """Make the text file `latest` name a checkpoint directory."""
-    pointer = final.parent / "latest.tmp"
+    _point(final, "latest")
+
+
+def point_best(save_dir: Path, best: Path | None) -> None:
+    """Make the text file `best` name a checkpoint directory; without one there is no such file."""
+    if best is not None and best.is_dir():
+        _point(best, "best")
+    else:
+        (save_dir / "best").unlink(missing_ok=True)
+
+
+def _point(target: Path, name: str) -> None:
+    pointer = target.parent / f"{name}.tmp"
     with pointer.open("w") as stream:
-        stream.write(final.name + "\n")
+        stream.write(target.name + "\n")
         stream.flush()
         os.fsync(stream.fileno())
-    pointer.rename(final.parent / "latest")
-    sync_directory(final.parent)
+    pointer.rename(target.parent / name)
+    sync_directory(target.parent)
 
 
 def set_aside_newer(save_dir: str | Path, step: int) -> list[str]:
@@ -231,12 +243,17 @@ def set_aside_newer(save_dir: str | Path, step: int) -> list[str]:
     return lines
 
 
-def remove_old(save_dir: Path, keep_last: int | None) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints; broken ones are left alone."""
+def remove_old(save_dir: Path, keep_last: int | None, best: Path | None = None) -> None:
+    """Delete all but `best` and the newest `keep_last` complete checkpoints.
+
+    Broken ones are left alone.
+    """
     if keep_last is None:
         return
     complete = [d for d in step_directories(save_dir) if (d / MANIFEST).is_file()]
     for directory in complete[keep_last:]:
+        if directory == best:
+            continue
         # The manifest goes first: a half-deleted directory must not look complete.
         (directory / MANIFEST).unlink()
         shutil.rmtree(directory)

@@ -15,6 +15,7 @@ from torch import Tensor
 from llama_lib.checkpoint import gemini
 from llama_lib.checkpoint.hybrid import cut_state, flat_share, gather_state, gather_weight
 from llama_lib.engine import Engine
+from llama_lib.lora import base_parameters, merge
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -34,21 +35,32 @@ def is_writer(engine: Engine) -> bool:
 # -- weights -----------------------------------------------------------------------------------
 
 
-def gather_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """(name, full weight in the working precision) on the writers; all ranks must iterate."""
+def gather_weights(engine: Engine, merged: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(name, full weight in the working precision) on the writers; all ranks must iterate.
+
+    Args:
+        merged: with the adapters added; without, a model with adapters gives its base.
+    """
+    for name, tensor in _full_weights(engine):
+        yield name, merge(engine.module, name, tensor) if merged else tensor
+
+
+def _full_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     if engine.layout.plugin.startswith("gemini"):
-        for block, _ in engine.model.state_dict_shard(max_shard_size=BLOCK_MEBIBYTES):
+        # Blocks of one tensor: larger ones would be held beside the chunk they come from.
+        for block, _ in engine.model.state_dict_shard(max_shard_size=0):
             if is_writer(engine):
-                yield from block.items()
+                # Under both names if the head is the embedding.
+                yield from ((n, tensor) for n, tensor in block.items() if n in engine.shapes)
     elif engine.layout.plugin == "hybrid_parallel":
         io = engine.booster.checkpoint_io
-        for name, parameter in engine.module.named_parameters():
+        for name, parameter in base_parameters(engine.module):
             full = gather_weight(parameter, engine.shapes[name], io)
             if is_writer(engine):
                 yield name, full
             _keep_step(engine)
     elif is_writer(engine):
-        yield from engine.module.named_parameters()
+        yield from base_parameters(engine.module)
 
 
 def _keep_step(engine: Engine) -> None:
@@ -131,7 +143,7 @@ def _hybrid_entries(engine: Engine) -> Iterator[Entry]:
     io = engine.booster.checkpoint_io
     for parameter_id, key, _ in _owned(engine):
         entry, parameter = engine.optimizer.optim.state[key], _working(engine, key)
-        shape = engine.shapes[engine.names[parameter_id]]
+        shape = engine.trained[engine.names[parameter_id]]
         full = {
             name: gather_state(entry[name], parameter, shape, io) for name in (MASTER, *MOMENTS)
         }
@@ -155,7 +167,7 @@ def gather_optimizer(engine: Engine) -> Iterator[tuple[str, int, dict[str, Tenso
     try:
         for parameter_id, steps, tensors in entries:
             name = engine.names[parameter_id]
-            shape = engine.shapes[name]
+            shape = engine.trained[name]
             yield name, steps, {key: t.float().reshape(shape) for key, t in tensors.items()}
     finally:
         _forget_masters(engine)

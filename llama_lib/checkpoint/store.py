@@ -6,25 +6,34 @@ killed, or meets a full disk, leaves the older ones untouched.
 
 import dataclasses
 import importlib.metadata
+import json
 import logging
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from llama_lib import coordination
+from llama_lib.checkpoint.adapters import (
+    ADAPTER_WEIGHTS,
+    BASE_SAMPLE,
+    base_facts,
+    load_adapters,
+    save_adapter_config,
+)
 from llama_lib.checkpoint.manifest import (
     FileRecord,
     Manifest,
     file_record,
     free_space_problem,
     hash_problems,
+    point_best,
     publish,
     remove_old,
     size_problems,
@@ -39,24 +48,26 @@ from llama_lib.checkpoint.state import (
     MOMENTS,
     gather_optimizer,
     gather_weights,
+    is_writer,
     scatter_optimizer,
 )
 from llama_lib.checkpoint.tensors import (
     ShardWriter,
     TensorReader,
-    open_weights,
-    same_values,
     write_index,
 )
+from llama_lib.checkpoint.weights import load_weights
 from llama_lib.data.position import Position
 from llama_lib.engine import Engine
 from llama_lib.errors import RunError, UserError
+from llama_lib.inference import ADAPTER, MODEL
+from llama_lib.lora import adapter_parameters
 
 logger = logging.getLogger("llama_lib")
 
 OPTIMIZER_INDEX = "optimizer.index.json"
 MODEL_INDEX = "model.safetensors.index.json"
-# Weights in working precision plus fp32 master and two moments, 2% for headers and small files.
+# 2% for headers and small files.
 SPACE_MARGIN = 1.02
 
 
@@ -67,7 +78,8 @@ class TrainerState:
     `samples` counts those trained on. The data position is `next_sample` of the global order
     (None: equal to `samples`, as in checkpoints of older versions); `skips` are sample ranges
     [first, stop) left out, `skipped_steps` the options that asked for it; `stream` is what a stream
-    needs besides. `consumed` counts training tokens by source.
+    needs besides. `consumed` counts training tokens by source. `best` is {"step", "loss"} of the
+    saved checkpoint with the lowest held-out loss so far.
     """
 
     step: int
@@ -87,6 +99,7 @@ class TrainerState:
     skipped_steps: list[str] = dataclasses.field(default_factory=list)
     stream: dict[str, Any] = dataclasses.field(default_factory=dict)
     consumed: dict[str, int] = dataclasses.field(default_factory=dict)
+    best: dict[str, Any] | None = None
 
     @property
     def position(self) -> Position:
@@ -101,17 +114,37 @@ def _versions() -> dict[str, str]:
 
 
 def checkpoint_bytes(engine: Engine) -> int:
-    numel = sum(int(np.prod(shape)) for shape in engine.shapes.values())
-    return int(numel * (engine.dtype.itemsize + 12) * SPACE_MARGIN)
+    def numel(shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return sum(math.prod(shape) for shape in shapes.values())
+
+    # The trained tensors in working precision with an fp32 master and two moments.
+    size = numel(engine.trained) * (engine.dtype.itemsize + 12)
+    if engine.options.model.merge_lora:
+        size += numel(engine.shapes) * engine.dtype.itemsize
+    return int(size * SPACE_MARGIN)
+
+
+def _holds_model(engine: Engine) -> bool:
+    """Whether a checkpoint has a whole model in it, not adapters alone."""
+    return not engine.options.model.lora_rank or engine.options.model.merge_lora
 
 
 # -- saving -------------------------------------------------------------------------------------
 
 
 def save(
-    engine: Engine, state: TrainerState, tokenizer: Any, save_dir: str, keep_last: int | None
+    engine: Engine,
+    state: TrainerState,
+    tokenizer: Any,
+    save_dir: str,
+    keep_last: int | None,
+    end_token_ids: Sequence[int] | None = None,
 ) -> Path:
     """Write the checkpoint of `state.step`; called by all ranks.
+
+    Args:
+        keep_last: newest checkpoints to keep; the one of `state.best` is kept besides.
+        end_token_ids: ids at which generation stops (None: the tokenizer's end of text).
 
     Raises:
         RunError: on every rank, if any rank could not write; older checkpoints are untouched.
@@ -126,10 +159,12 @@ def save(
         errors = [error for error, _, _ in collected if error]
         if errors:
             raise OSError(errors[0])
-        _write_description(engine, state, tokenizer, temporary, collected)
+        _write_description(engine, state, tokenizer, end_token_ids, temporary, collected)
         publish(temporary, final)
+        best = None if state.best is None else step_directory(save_dir, state.best["step"])
+        point_best(Path(save_dir), best)
         try:
-            remove_old(Path(save_dir), keep_last)
+            remove_old(Path(save_dir), keep_last, best)
         except OSError as failure:  # the new checkpoint is whole all the same
             logger.warning("--keep_last: an old checkpoint could not be removed: %s", failure)
 
@@ -164,8 +199,14 @@ def _prepare_directory(engine: Engine, temporary: Path) -> None:
     problem = free_space_problem(temporary.parent, checkpoint_bytes(engine))
     if problem:
         raise OSError(problem)
-    for folder in ("model", "optimizer", "rng"):
+    for folder in _folders(engine):
         (temporary / folder).mkdir(parents=True)
+
+
+def _folders(engine: Engine) -> list[str]:
+    adapter = [ADAPTER] if engine.options.model.lora_rank else []
+    model = [MODEL] if _holds_model(engine) else []
+    return [*model, *adapter, "optimizer", "rng"]
 
 
 IndexParts = tuple[dict[str, str], dict[str, str], dict[str, int]]
@@ -176,10 +217,16 @@ def _write_tensors(
 ) -> tuple[str | None, dict[str, FileRecord], IndexParts]:
     """This rank's shards; the first error instead of an exception, so that collectives go on."""
     rank = dist.get_rank()
-    weights = ShardWriter(temporary, "model", f"model-{rank:05d}")
-    for name, tensor in gather_weights(engine):
-        weights.add(name, tensor)
-    weights.flush()
+    weights = ShardWriter(temporary, MODEL, f"model-{rank:05d}")
+    if _holds_model(engine):
+        for name, tensor in gather_weights(engine, merged=engine.options.model.merge_lora):
+            weights.add(name, tensor)
+        weights.flush()
+    adapters = ShardWriter(temporary, ADAPTER, ADAPTER_WEIGHTS, shard_bytes=None)
+    if is_writer(engine):
+        for name, tensor in adapter_parameters(engine.module):
+            adapters.add(name, tensor)
+        adapters.flush()
     moments = ShardWriter(temporary, "optimizer", f"optimizer-{rank:05d}")
     steps = {}
     for name, adam_step, tensors in gather_optimizer(engine):
@@ -187,8 +234,8 @@ def _write_tensors(
         for key, tensor in tensors.items():
             moments.add(f"{name}/{key}", tensor)
     moments.flush()
-    error = weights.error or moments.error
-    files = weights.files | moments.files
+    error = weights.error or adapters.error or moments.error
+    files = weights.files | adapters.files | moments.files
     try:
         path = temporary / "rng" / f"rank-{rank:05d}.safetensors"
         save_file(_rng_state(engine.device), path)
@@ -200,7 +247,12 @@ def _write_tensors(
 
 
 def _write_description(
-    engine: Engine, state: TrainerState, tokenizer: Any, temporary: Path, collected: list[Any]
+    engine: Engine,
+    state: TrainerState,
+    tokenizer: Any,
+    end_token_ids: Sequence[int] | None,
+    temporary: Path,
+    collected: list[Any],
 ) -> None:
     """Everything rank 0 adds once all tensors are on disk; the manifest last."""
     files: dict[str, FileRecord] = {}
@@ -212,25 +264,24 @@ def _write_description(
         weight_map |= weights
         moment_map |= moments
         steps |= part_steps
-    absent = set(engine.shapes) - set(weight_map)
-    if absent:
-        raise OSError(f"the index lists {len(weight_map)} of {len(engine.shapes)} tensors")
+    if _holds_model(engine):
+        if set(engine.shapes) - set(weight_map):
+            raise OSError(f"the index lists {len(weight_map)} of {len(engine.shapes)} tensors")
+        write_index(temporary / MODEL / MODEL_INDEX, weight_map)
     expected = {f"{name}/{key}" for name in engine.names for key in (MASTER, *MOMENTS)}
     if expected != set(moment_map):
         raise OSError(f"optimizer state has {len(moment_map)} of {len(expected)} tensors")
-    write_index(temporary / "model" / MODEL_INDEX, weight_map)
     write_index(temporary / "optimizer" / OPTIMIZER_INDEX, moment_map, adam_steps=steps)
-    config = engine.module.config.__class__.from_dict(engine.module.config.to_dict())
-    config.torch_dtype, config.use_cache = engine.dtype, True
-    config.architectures = [type(engine.module).__name__]
-    config.save_pretrained(temporary / "model")
-    generation = engine.module.generation_config
-    if tokenizer is not None:
-        tokenizer.save_pretrained(temporary / "model")
-        generation.eos_token_id = tokenizer.eos_token_id
-        generation.bos_token_id = tokenizer.bos_token_id
-        generation.pad_token_id = tokenizer.pad_token_id
-    generation.save_pretrained(temporary / "model")
+    if _holds_model(engine):
+        config = engine.module.config.__class__.from_dict(engine.module.config.to_dict())
+        config.torch_dtype, config.use_cache = engine.dtype, True
+        config.architectures = [type(engine.module).__name__]
+        config.save_pretrained(temporary / MODEL)
+        _write_serving_files(engine, tokenizer, end_token_ids, temporary / MODEL)
+    if engine.options.model.lora_rank:
+        save_adapter_config(engine.model, temporary / ADAPTER)
+        _write_serving_files(engine, tokenizer, end_token_ids, temporary / ADAPTER)
+        write_json(temporary / BASE_SAMPLE, base_facts(engine))
     write_json(temporary / "lr_scheduler.json", state.schedule)
     write_json(temporary / "trainer_state.json", asdict(state))
     for path in temporary.rglob("*"):
@@ -238,7 +289,7 @@ def _write_description(
         if path.is_file() and name not in files:
             sync_file(path)
             files[name] = file_record(path)
-    for folder in ("model", "optimizer", "rng"):
+    for folder in _folders(engine):
         sync_directory(temporary / folder)
     files = dict(sorted(files.items()))
     layout = asdict(engine.layout)
@@ -249,6 +300,21 @@ def _write_description(
             f"{problems[0]} as seen by rank 0: --save_dir must be one directory shared by all hosts"
         )
     manifest.write(temporary)
+
+
+def _write_serving_files(
+    engine: Engine, tokenizer: Any, end_token_ids: Sequence[int] | None, folder: Path
+) -> None:
+    """The tokenizer with its chat template, and where generation begins and ends."""
+    generation = engine.module.generation_config
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        generation.eos_token_id = tokenizer.eos_token_id
+        generation.bos_token_id = tokenizer.bos_token_id
+        generation.pad_token_id = tokenizer.pad_token_id
+    if end_token_ids is not None:
+        generation.eos_token_id = list(end_token_ids)
+    generation.save_pretrained(folder)
 
 
 def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -311,40 +377,21 @@ def find_checkpoint(
 
 
 def read_state(directory: Path) -> TrainerState:
-    import json
-
     return TrainerState(**json.loads((directory / "trainer_state.json").read_text()))
 
 
-def load_weights(engine: Engine, folder: Path, flag: str) -> None:
-    """Load a Hugging Face folder into the boosted model, compared before and after.
+def load(engine: Engine, directory: Path, state: TrainerState) -> None:
+    """Put a verified checkpoint into the engine: weights, optimizer, scaler, random state.
 
-    Args:
-        flag: the option that named the folder, for messages.
+    An engine with adapters has its base loaded already; the checkpoint brings the adapters.
 
     Raises:
-        UserError: no safetensors there, or names or shapes differ from the model's.
-        RunError: a tensor in the model is not the one in the file.
+        UserError: the checkpoint does not fit the model, or its adapters belong to another base.
     """
-    reader = open_weights(folder, engine.shapes, flag)
-    engine.booster.load_model(engine.model, str(folder))
-    coordination.barrier()
-    wrong = [
-        name
-        for name, tensor in gather_weights(engine)
-        if not same_values(tensor, reader.tensor(name).reshape(tensor.shape))
-    ]
-    wrong = [name for part in coordination.gather(wrong) for name in part]
-    if wrong:
-        raise RunError(
-            f"{flag} {folder}: {len(wrong)} of {len(engine.shapes)} loaded tensors differ from the "
-            f"file, first {wrong[0]}"
-        )
-
-
-def load(engine: Engine, directory: Path, state: TrainerState) -> None:
-    """Put a verified checkpoint into the engine: weights, optimizer, scaler, random state."""
-    load_weights(engine, directory / "model", "--load")
+    if engine.options.model.lora_rank:
+        load_adapters(engine, directory)
+    else:
+        load_weights(engine, directory / MODEL, "--load")
     reader = TensorReader(directory / "optimizer", OPTIMIZER_INDEX)
     adam_steps = reader.index["adam_steps"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,9 +20,24 @@ from llama_lib.errors import UserError
 # Readers map whole files; a GiB is large enough for bandwidth and small enough for host memory.
 SHARD_BYTES = 2**30
 
+# The tensors with a row for every id of the vocabulary, as Llama and Mistral name them.
+VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+
+# As safetensors names them; quantised weights mean nothing without their scales.
+WEIGHT_DTYPES = ("F32", "BF16", "F16")
+
+COMPARED_ELEMENTS = 2**20
+
+
+class MissingWeights(FileNotFoundError):
+    """A folder without safetensors."""
+
 
 class ShardWriter:
-    """Collects named tensors and writes a shard whenever SHARD_BYTES have come together.
+    """Collects named tensors and writes a shard whenever `shard_bytes` have come together.
+
+    Args:
+        shard_bytes: None: everything goes into one file, named `prefix` alone.
 
     Attributes:
         weight_map: tensor name -> file name, for the index.
@@ -30,8 +45,10 @@ class ShardWriter:
         error: the first failure, after which nothing more is written.
     """
 
-    def __init__(self, root: Path, folder: str, prefix: str) -> None:
-        self.root, self.folder, self.prefix = root, folder, prefix
+    def __init__(
+        self, root: Path, folder: str, prefix: str, shard_bytes: int | None = SHARD_BYTES
+    ) -> None:
+        self.root, self.folder, self.prefix, self.shard_bytes = root, folder, prefix, shard_bytes
         self.weight_map: dict[str, str] = {}
         self.files: dict[str, FileRecord] = {}
         self.error: str | None = None
@@ -40,7 +57,8 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         tensor = tensor.detach().cpu().contiguous()
-        if self._pending and self._pending_bytes + tensor.nbytes > SHARD_BYTES:
+        full = self.shard_bytes and self._pending_bytes + tensor.nbytes > self.shard_bytes
+        if self._pending and full:
             self.flush()
         self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
@@ -50,7 +68,8 @@ class ShardWriter:
         pending, self._pending, self._pending_bytes = self._pending, {}, 0
         if not pending or self.error:
             return
-        name = f"{self.prefix}-{len(self.files):05d}.safetensors"
+        number = "" if self.shard_bytes is None else f"-{len(self.files):05d}"
+        name = f"{self.prefix}{number}.safetensors"
         path = self.root / self.folder / name
         try:
             # transformers refuses safetensors files without this mark.
@@ -71,21 +90,26 @@ class TensorReader:
     """Reads named tensors from an indexed or single-file safetensors folder; files are mapped.
 
     Raises:
-        FileNotFoundError: neither an index nor `model.safetensors` is in the folder.
+        MissingWeights: neither the index nor the `single` file is in the folder.
     """
 
-    def __init__(self, folder: Path, index_name: str = "model.safetensors.index.json") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        index_name: str = "model.safetensors.index.json",
+        single: str = "model.safetensors",
+    ) -> None:
         self.folder = folder
         index = folder / index_name
         self.index: dict[str, Any] = json.loads(index.read_text()) if index.is_file() else {}
         self._open: dict[str, Any] = {}
         if self.index:
             self.weight_map: dict[str, str] = self.index["weight_map"]
-        elif (folder / "model.safetensors").is_file():
-            with safe_open(folder / "model.safetensors", framework="pt") as single:
-                self.weight_map = dict.fromkeys(single.keys(), "model.safetensors")
+        elif (folder / single).is_file():
+            with safe_open(folder / single, framework="pt") as file:
+                self.weight_map = dict.fromkeys(file.keys(), single)
         else:
-            raise FileNotFoundError(f"no {index_name} and no model.safetensors in {folder}")
+            raise MissingWeights(f"no {index_name} and no {single} in {folder}")
 
     def _file(self, name: str) -> Any:
         file_name = self.weight_map[name]
@@ -96,15 +120,28 @@ class TensorReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file(name).get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """How the values are stored, in the words of safetensors: F32, BF16, ..."""
+        return str(self._file(name).get_slice(name).get_dtype())
+
     def tensor(self, name: str) -> Tensor:
+        """The whole tensor; it stays in the mapped file, where writing to it is an error."""
         return self._file(name).get_tensor(name)
 
 
 def shape_problems(
-    reader: TensorReader, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()
+    reader: TensorReader,
+    expected: Mapping[str, tuple[int, ...]],
+    ignored: Iterable[str] = (),
+    growing: Iterable[str] = (),
 ) -> list[str]:
-    """Every difference between the tensors of a folder and those a model expects (headers only)."""
+    """Every difference between the tensors of a folder and those a model expects (headers only).
+
+    Args:
+        growing: tensors that may have fewer rows than the model's.
+    """
     problems = []
+    growing = set(growing)
     missing = sorted(set(expected) - set(reader.weight_map))
     surplus = sorted(set(reader.weight_map) - set(expected) - set(ignored))
     if missing:
@@ -112,30 +149,43 @@ def shape_problems(
     if surplus:
         problems.append(f"{len(surplus)} unknown tensor(s), first {surplus[0]}")
     for name in sorted(set(expected) & set(reader.weight_map)):
-        if (found := reader.shape(name)) != tuple(expected[name]):
-            problems.append(f"{name}: shape {list(found)}, the model has {list(expected[name])}")
+        found, wanted = reader.shape(name), tuple(expected[name])
+        grows = name in growing and len(found) == len(wanted) and found[0] <= wanted[0]
+        if found != wanted and not (grows and found[1:] == wanted[1:]):
+            problems.append(f"{name}: shape {list(found)}, the model has {list(wanted)}")
+        if (kind := reader.dtype(name)) not in WEIGHT_DTYPES:
+            problems.append(f"{name}: stored as {kind}, expected one of {', '.join(WEIGHT_DTYPES)}")
     return problems
 
 
-def open_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], flag: str) -> TensorReader:
+def open_weights(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], flag: str, grows: bool = False
+) -> TensorReader:
     """The weights of a Hugging Face folder, every name and shape compared with the model's.
 
     Args:
         flag: the option that named the folder, for messages.
+        grows: whether the tables by vocabulary may have fewer rows than the model's.
 
     Raises:
-        UserError: no safetensors there, or names or shapes differ.
+        UserError: no safetensors there, a file is damaged, or names or shapes differ.
     """
+    # With tied embeddings the head is no parameter of its own, but files may hold it.
+    tied = {"lm_head.weight"} - set(expected)
     try:
         reader = TensorReader(folder)
-    except FileNotFoundError as error:
+        growing = VOCABULARY_TABLES if grows else ()
+        problems = shape_problems(reader, expected, ignored=tied, growing=growing)
+    except MissingWeights as error:
         raise UserError(
             f"{flag} {folder}: {error}. Weights are read from safetensors only (pickled .bin files "
             "can run code); convert them with transformers' save_pretrained."
         ) from None
-    # With tied embeddings the head is no parameter of its own, but files may hold it.
-    tied = {"lm_head.weight"} - set(expected)
-    problems = shape_problems(reader, expected, ignored=tied)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"{flag} {folder} is damaged or not complete ({type(error).__name__}: {error}); fetch "
+            "or save it again."
+        ) from None
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError(
@@ -146,5 +196,11 @@ def open_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], flag: st
 
 
 def same_values(loaded: Tensor, stored: Tensor) -> bool:
-    """Whether a loaded tensor is the stored one, cast to its precision."""
-    return torch.equal(loaded.cpu(), stored.to(loaded.dtype))
+    """Whether a loaded tensor is the stored one, cast to its precision; compared by blocks, so that
+    no copy of a whole tensor is made."""
+    pairs = zip(
+        loaded.detach().flatten().split(COMPARED_ELEMENTS),
+        stored.flatten().split(COMPARED_ELEMENTS),
+        strict=True,
+    )
+    return all(torch.equal(one.cpu(), other.to(one.dtype)) for one, other in pairs)

@@ -31,17 +31,26 @@ def _tensor_problems(directory: Path) -> list[str]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from llama_lib.checkpoint.adapters import ADAPTER_WEIGHTS
     from llama_lib.checkpoint.state import MASTER, MOMENTS
     from llama_lib.checkpoint.store import OPTIMIZER_INDEX
     from llama_lib.checkpoint.tensors import TensorReader, shape_problems
+    from llama_lib.inference import ADAPTER, MODEL
 
-    config = AutoConfig.from_pretrained(directory / "model")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    problems = shape_problems(TensorReader(directory / "model"), expected)
+    problems, trained = [], {}
+    adapted = (directory / ADAPTER).is_dir()
+    if (directory / MODEL).is_dir() or not adapted:
+        config = AutoConfig.from_pretrained(directory / MODEL)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        trained = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        problems = shape_problems(TensorReader(directory / MODEL), trained)
+    if adapted:
+        # Their shapes follow from a model that need not be here: the optimizer's must agree.
+        adapters = TensorReader(directory / ADAPTER, single=f"{ADAPTER_WEIGHTS}.safetensors")
+        trained = {name: adapters.shape(name) for name in adapters.weight_map}
     moments = {
-        f"{name}/{key}": shape for name, shape in expected.items() for key in (MASTER, *MOMENTS)
+        f"{name}/{key}": shape for name, shape in trained.items() for key in (MASTER, *MOMENTS)
     }
     problems += shape_problems(TensorReader(directory / "optimizer", OPTIMIZER_INDEX), moments)
     return problems

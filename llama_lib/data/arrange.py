@@ -1,33 +1,61 @@
-"""The order of the rows of a prepared dataset, by packing and weights.
+"""The order of the rows of a dataset, by packing and weights.
 
 Invariant: equal data, row length, seed, packing and weights give the same order on every host.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from llama_lib.data.blend import Blend, Component
 from llama_lib.data.order import CHUNK, Integers, Order, RowOrder
-from llama_lib.data.packing import PackedOrder
-from llama_lib.data.prepared import PreparedDataset
+from llama_lib.data.packing import PackedOrder, alone
 from llama_lib.data.shared import SharedArrays, create, is_large
 from llama_lib.errors import UserError
 
-PACKINGS: dict[str, type[RowOrder] | type[PackedOrder]] = {
+PACKINGS: dict[str, Callable[[Integers, int, int, SharedArrays], RowOrder | PackedOrder]] = {
     "concat": RowOrder,
     "best_fit": PackedOrder,
+    "padded": partial(PackedOrder, place=alone),
 }
 
 # Part of the name of the shared files: another number whenever what is written there changes.
 _VERSION = 1
 
 
+class Documents(Protocol):
+    """The documents of one source; `lengths` [documents] counts their tokens."""
+
+    @property
+    def lengths(self) -> Integers: ...
+
+    def __len__(self) -> int: ...
+
+
+class Dataset(Protocol):
+    """What is arranged. Equal `manifest_hash` means equal lengths.
+
+    `weights`: relative shares of the training tokens, each of the sources it is for together;
+    None trains on everything alike.
+    """
+
+    @property
+    def readers(self) -> Mapping[str, Documents]: ...
+
+    @property
+    def weights(self) -> tuple[tuple[float, tuple[str, ...]], ...] | None: ...
+
+    @property
+    def manifest_hash(self) -> str: ...
+
+
 def arrange(
-    dataset: PreparedDataset,
+    dataset: Dataset,
     max_length: int,
     seed: int,
     packing: str,
@@ -56,14 +84,14 @@ def arrange(
         offsets = np.array([firsts[name] for name in names], np.int64) - begins
         part = _order_of(dataset, names, max_length, seed, packing, cache_dir)
         # Weights are shares of tokens, and rows are what is shared out: fuller ones count for more.
-        rows = part.num_rows(1) if packing == "best_fit" else 0
+        rows = part.num_rows(1) if isinstance(part, PackedOrder) else 0
         fill = part.num_tokens / (rows * max_length) if rows else 1.0
         components.append(Component(label, weight / fill, part, begins, offsets))
     return Blend(components, max_length, seed)
 
 
 def _order_of(
-    dataset: PreparedDataset,
+    dataset: Dataset,
     names: Sequence[str],
     max_length: int,
     seed: int,

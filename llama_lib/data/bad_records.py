@@ -24,16 +24,36 @@ class BadRecord(Exception):
     """Why one record gives nothing to train on."""
 
 
-class NoTextColumn(BadRecord):
-    def __init__(self, columns: list[str]) -> None:
-        self.columns = columns
-        super().__init__(f"no `text`; found {_listed(columns)}")
+class UnknownShape(BadRecord):
+    """A record without the columns in `wanted`, of which `example` shows lines."""
+
+    def __init__(
+        self, columns: list[str], wanted: str = "`text`", example: str = EXAMPLE_LINE
+    ) -> None:
+        self._found = ", ".join(columns) if columns else "no columns"
+        self._wanted = wanted
+        self._example = example
+        super().__init__(f"no {wanted}; found {self._found}")
+
+    def of_file(self, path: Path) -> UserError:
+        """The error of a file whose records are all of this shape."""
+        return UserError(
+            f"{path} has no {self._wanted} column; found {self._found}. "
+            f"Expected lines like {self._example}"
+        )
 
 
-def no_text_column(path: Path, columns: list[str]) -> UserError:
-    return UserError(
-        f"{path} has no `text` column; found {_listed(columns)}. Expected lines like {EXAMPLE_LINE}"
-    )
+def check_characters(text: str) -> None:
+    """Raises BadRecord for half a surrogate pair.
+
+    JSON can spell it, but it is no character and no tokenizer takes it.
+    """
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"half a surrogate pair at character {error.start}") from error
 
 
 def unreadable(path: Path, error: Exception) -> UserError | RunError:
@@ -48,15 +68,11 @@ def unreadable(path: Path, error: Exception) -> UserError | RunError:
     )
 
 
-def nothing_in(path: Path, bad: int, last_bad: str) -> UserError:
-    """The error of a file without a single record, of which `bad` were left out."""
+def nothing_in(path: Path, bad: int, last_bad: str, example: str = EXAMPLE_LINE) -> UserError:
+    """The error of a file without a single good record, of which `bad` were left out."""
     if bad:
         return UserError(
             f"{path}: all {bad} records are bad; the last one: {last_bad}. "
-            f"Expected lines like {EXAMPLE_LINE}"
+            f"Expected lines like {example}"
         )
-    return UserError(f"{path} is empty: expected lines like {EXAMPLE_LINE}")
-
-
-def _listed(columns: list[str]) -> str:
-    return ", ".join(columns) if columns else "no columns"
+    return UserError(f"{path} is empty: expected lines like {example}")

@@ -110,7 +110,7 @@ def build(plan: Plan, tokenizer: Any, folder: Path, turn: Turn) -> None:
         else:
             reason = f"{error}. Mend it and"
         raise RunError(f"{reason} start again: what is tokenised is kept.") from error
-    _rename(work / "result", folder)
+    publish(work / "result", folder)
     shutil.rmtree(work, ignore_errors=True)
     _report(folder, training, held_out, proof.recipe.engine)
 
@@ -281,21 +281,23 @@ def _write_manifest(folder: Path, facts: dict[str, Any], sources: Facts) -> dict
         json.dump(manifest, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
     return manifest
 
 
-def _rename(temporary: Path, folder: Path) -> None:
+def publish(temporary: Path, folder: Path) -> None:
+    """Give a finished folder its final name."""
     try:
         temporary.rename(folder)
     except OSError as error:
         # On a shared disk without locks another node may have been first; its folder is as good.
         if not is_prepared(folder):
             raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """What was created or renamed in it is on the disk when this returns."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

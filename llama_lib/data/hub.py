@@ -88,7 +88,7 @@ def is_hub_name(dataset: str) -> bool:
     return _NAME.match(dataset) is not None
 
 
-def hub_files(dataset: str) -> Found:
+def hub_files(dataset: str, conversations: bool = False) -> Found:
     """Download `organisation/name[:configuration]`: (name parts of a source, local file) each.
 
     Tried in turn: the registry above, `datasets.load_dataset`, the data files as they are, the
@@ -96,7 +96,7 @@ def hub_files(dataset: str) -> Found:
     """
     name, _, config = dataset.partition(":")
     entry = _REGISTRY.get(name)
-    with _told(dataset):
+    with _told(dataset, mend=_by_hand(name, config) if conversations else None):
         if isinstance(entry, _DataFiles):
             return _data_files(name, entry)
         if isinstance(entry, _Parquet):
@@ -125,19 +125,33 @@ def hub_listing(dataset: str) -> list[HubFile]:
 
 
 @contextmanager
-def _told(dataset: str, why: str = "it is not in the local cache") -> Iterator[None]:
-    """What cannot be had, as the one message of a UserError."""
+def _told(
+    dataset: str, why: str = "it is not in the local cache", mend: str | None = None
+) -> Iterator[None]:
+    """What cannot be had, as the one message of a UserError.
+
+    `mend` makes a folder DIR on a machine with network.
+    """
+    mend = mend or f"python -m llama_lib prepare -d {dataset} --output DIR --tokenizer T"
     try:
         yield
     except _Unreachable as error:
         raise UserError(
             f"the hub cannot be reached for {dataset!r} and {why} ({error}); no "
-            "file or folder has that name either. On a machine with network run: "
-            f"python -m llama_lib prepare -d {dataset} --output DIR --tokenizer T, copy DIR, then "
-            "-d DIR."
+            f"file or folder has that name either. On a machine with network run: {mend}, copy "
+            "DIR, then -d DIR."
         ) from error
     except _Missing as error:
         raise UserError(f"{dataset!r} cannot be had from the hub: {error}.") from error
+
+
+def _by_hand(name: str, config: str) -> str:
+    """The command that downloads what no prepared dataset can hold: conversations."""
+    entry = _REGISTRY.get(name)
+    what = ""
+    if isinstance(entry, _Parquet):
+        what = f" --revision {PARQUET_BRANCH} --include '{config or entry.config}/train/*'"
+    return f"hf download {name} --repo-type dataset{what} --local-dir DIR"
 
 
 def _downloaded(listing: list[HubFile]) -> Found:
@@ -217,7 +231,8 @@ def _any_listing(name: str, config: str, tried: str = "") -> list[HubFile]:
         raise UserError(
             f"{name!r} is no file or folder and cannot be had from the hub. {tried}Tried "
             f"the branch {PARQUET_BRANCH}: {error}. Check the name, or convert the data once to "
-            "jsonl or parquet with a `text` column and pass the files: -d path/to/*.jsonl."
+            "jsonl or parquet (with a `text` column; to fine-tune, also with conversations) and "
+            "pass the files: -d path/to/*.jsonl."
         ) from error
 
 

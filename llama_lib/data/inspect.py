@@ -1,5 +1,5 @@
-"""Show what a prepared dataset holds: manifest, documents, rows and ways of packing; or what a step
-of a run was trained on.
+"""Show what a prepared dataset holds: manifest, documents, rows and ways of packing; what a step of
+a run was trained on; or what is trained on in conversations.
 
 Invariant: what is shown comes from the files that training reads, which are never changed.
 """
@@ -7,7 +7,8 @@ Invariant: what is shown comes from the files that training reads, which are nev
 import argparse
 from collections.abc import Sequence
 
-from llama_lib.data.arrange import PACKINGS, arrange
+from llama_lib.data.arrange import arrange
+from llama_lib.data.chat import show
 from llama_lib.data.opening import is_tokenised, open_tokens
 from llama_lib.data.order import Order
 from llama_lib.data.packing_report import packing_report, packing_table
@@ -15,6 +16,8 @@ from llama_lib.data.prepared import PreparedDataset
 from llama_lib.data.tokenizer import DEFAULT_CACHE_DIR, load_tokenizer
 from llama_lib.errors import UserError
 
+# Ways of pretrain.py.
+_PACKINGS = ("concat", "best_fit")
 _COLUMNS = "{:<32} {:>12} {:>16} {:>16} {:>12}"
 # These are named by file.
 _OF_FILES = ("bad_lines", "empty_texts")
@@ -125,36 +128,53 @@ def given(arguments: argparse.Namespace, name: str) -> bool:
     return getattr(arguments, name) not in (None, False)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llama_lib inspect",
-        description="Show a prepared dataset, or what a step of a run was trained on.",
+        description="Show a prepared dataset, conversations, or what a step was trained on.",
     )
     add = parser.add_argument
     add(
         "folder",
         help="prepared dataset, one of its sources or a Megatron prefix; with --step the "
-        "--save_dir of a run",
+        "--save_dir of a run, with --labels what finetune.py takes with -d",
     )
-    add("--tokenizer", help="of a Megatron prefix, which has none beside it")
+    add("--tokenizer", help="of a Megatron prefix, which has none beside it, and for --labels")
     add("--document", type=int, help="number of a document to decode")
     add("--packing", action="store_true", help="compare the ways of packing (with -l)")
     add("--row", type=int, help="number of a row of the training order to decode (with -l)")
-    add("--packing_of", choices=list(PACKINGS), default="concat", help="packing of --row (concat)")
+    add("--packing_of", choices=_PACKINGS, default="concat", help="packing of --row (concat)")
     add("-l", "--max_length", type=int, help="tokens in a row")
     add("--seed", type=int, default=42, help="the --seed of the run (42)")
     add("--step", type=int, help="number of a step of a run: the documents it was trained on")
     add("--cache_dir", default=DEFAULT_CACHE_DIR, help="where packings are kept")
-    arguments = parser.parse_args(argv)
+    show.add_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
     of_data = [f"--{name}" for name in ("document", "packing", "row") if given(arguments, name)]
     if arguments.step is not None and of_data:
         raise UserError(f"--step shows a run, {', '.join(of_data)} a dataset: ask one at a time.")
-    if arguments.step is not None:
+    if arguments.labels and (arguments.step is not None or of_data):
+        others = ", ".join(of_data or ["--step"])
+        raise UserError(f"--labels shows conversations, {others} does not: ask one at a time.")
+    if problems := show.option_problems(arguments):
+        raise UserError(problems)
+    if arguments.labels:
+        show.show_labels(arguments)
+    elif arguments.step is not None:
         # Training imports far more than showing a dataset needs.
         from llama_lib.step_view import show_step
 
         show_step(arguments.folder, arguments.step)
-        return 0
+    else:
+        _show_dataset(arguments)
+    return 0
+
+
+def _show_dataset(arguments: argparse.Namespace) -> None:
     wants_rows = arguments.packing or arguments.row is not None
     if wants_rows and (arguments.max_length is None or arguments.max_length < 1):
         raise UserError(
@@ -178,7 +198,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         source, number = dataset.locate(arguments.document)
         print(f"\ndocument {arguments.document} (number {number} of {source}):\n{text}")
     if arguments.packing:
-        print(packing_text(dataset, {name: order(name) for name in PACKINGS}))
+        print(packing_text(dataset, {name: order(name) for name in _PACKINGS}))
     if arguments.row is not None:
         print(row_text(dataset, order(arguments.packing_of), arguments.row))
-    return 0

@@ -19,7 +19,7 @@ from llama_lib.data.position import Position
 from llama_lib.data.prepared import PreparedDataset
 from llama_lib.errors import UserError
 
-# torch's default ignore_index; engine.IGNORED is the same, but needs torch.
+# torch's default ignore_index; criterion.IGNORED is the same, but needs torch.
 IGNORED = -100
 
 
@@ -30,13 +30,15 @@ class Row:
     `labels` are -100 where there is none: padding and, with a document mask, the first token of
     every piece. The model shifts, so the label of the first token is never used.
     `documents` [max_length] numbers the pieces of the row from 0, padding has a number of its own;
-    None without a document mask. `tokens` counts the training tokens of each source.
+    None without a document mask. `tokens` counts the training tokens of each source. `weights`
+    [max_length] say what each label counts in the loss; None: each label counts one.
     """
 
     ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     documents: npt.NDArray[np.int32] | None
     tokens: dict[str, int]
+    weights: npt.NDArray[np.float32] | None = None
 
 
 class RowSource(Protocol):
@@ -44,8 +46,9 @@ class RowSource(Protocol):
 
     max_length: int
 
-    def rows(self, samples: Sequence[int], wanted: Sequence[int]) -> tuple[list[Row], int]:
-        """The rows of `wanted`, in its order, and the label tokens of all `samples` together.
+    def rows(self, samples: Sequence[int], wanted: Sequence[int]) -> tuple[list[Row], float]:
+        """The rows of `wanted`, in its order, and the label tokens of all `samples` together, each
+        counted with its weight.
 
         `samples` are those of a whole global batch, ascending; `wanted` is a rank's part of them.
         """
@@ -131,23 +134,25 @@ def row_arrays(
 
 @dataclass(frozen=True)
 class Rows:
-    """A micro-batch: ids and labels [rows, max_length], documents too with a document mask."""
+    """A micro-batch: ids and labels [rows, max_length], documents and weights where rows have
+    them."""
 
     ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     documents: npt.NDArray[np.int32] | None
+    weights: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
 class StepRows:
     """What one rank needs for a step.
 
-    `num_labels` counts the label tokens of the global batch, `tokens` the training tokens of each
-    source in this rank's rows, `samples` are those of the global batch.
+    `num_labels` counts the label tokens of the global batch, each with its weight; `tokens` the
+    training tokens of each source in this rank's rows; `samples` are those of the global batch.
     """
 
     micro_batches: list[Rows]
-    num_labels: int
+    num_labels: float
     tokens: dict[str, int]
     samples: list[int]
 
@@ -196,7 +201,7 @@ class BatchLoader:
         for row in rows:
             for source, count in row.tokens.items():
                 tokens[source] = tokens.get(source, 0) + count
-        parts = [_stacked(rows[first : first + size]) for first in range(0, len(rows), size)]
+        parts = [stacked(rows[first : first + size]) for first in range(0, len(rows), size)]
         return StepRows(parts, num_labels, tokens, samples)
 
     def steps(self, start: int, stop: int) -> Iterator[StepRows]:
@@ -218,13 +223,20 @@ class BatchLoader:
         self.source.close()
 
 
-def _stacked(rows: Sequence[Row]) -> Rows:
+def stacked(rows: Sequence[Row]) -> Rows:
+    """The micro-batch of these rows."""
     ids = np.stack([row.ids for row in rows])
     # Without padding and mask labels are the ids themselves: one array does for both.
     same = all(row.labels is row.ids for row in rows)
     labels = ids if same else np.stack([row.labels for row in rows])
     documents = [row.documents for row in rows if row.documents is not None]
-    return Rows(ids, labels, np.stack(documents) if documents else None)
+    weights = [row.weights for row in rows if row.weights is not None]
+    return Rows(
+        ids,
+        labels,
+        np.stack(documents) if documents else None,
+        np.stack(weights) if weights else None,
+    )
 
 
 def rows_hash(step: StepRows) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_lib.errors import UserError
+from llama_lib.errors import LlamaLibError, RunError, UserError
 
 _POLL_SECONDS = 0.2
 _LINE_SECONDS = 10.0
@@ -87,6 +87,29 @@ def once(cache_dir: Path, key: str, work: str) -> Iterator[Turn]:
             yield turn
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def raise_failure(turn: Turn) -> None:
+    """End as the process did that this one has waited for."""
+    if "failed" in turn.before:
+        raise UserError(turn.before["failed"])
+    if "broken" in turn.before:
+        raise RunError(turn.before["broken"])
+
+
+@contextlib.contextmanager
+def failure_reported(turn: Turn) -> Iterator[None]:
+    """Tell the processes that wait how this one ended."""
+    try:
+        yield
+    except UserError as error:
+        turn.report(failed=error.problems)
+        raise
+    except LlamaLibError as error:
+        # On a full disk there may be no room for this either; then the next one tries again.
+        with contextlib.suppress(OSError):
+            turn.report(broken=str(error))
+        raise
 
 
 def _read(board: Path) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Best-fit packing: documents stay whole while they fit into a row, and rows are nearly full.
+"""Packing: documents stay whole while they fit into a row, and rows are nearly full by best-fit.
 
 Invariant: every token of every document is in exactly one row of an epoch; only a document longer
 than a row is cut, into full rows and a rest.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,9 @@ WINDOW = CHUNK
 
 _ROWS, _WINDOWS = 1, 2
 
+# (lengths, 1 .. max_length each, max_length) -> the row of each item.
+Place = Callable[[npt.NDArray[np.integer], int], npt.NDArray[np.int64]]
+
 
 def best_fit(lengths: npt.NDArray[np.integer], max_length: int) -> npt.NDArray[np.int64]:
     """The row of each item by best-fit decreasing: the longest item first, into the fullest row
@@ -51,6 +54,11 @@ def best_fit(lengths: npt.NDArray[np.integer], max_length: int) -> npt.NDArray[n
     placed = np.empty(len(lengths), np.int64)
     placed[by_length] = rows
     return placed
+
+
+def alone(lengths: npt.NDArray[np.integer], max_length: int) -> npt.NDArray[np.int64]:
+    """The row of each item where every item has one of its own."""
+    return np.arange(len(lengths))
 
 
 class _Steps(NamedTuple):
@@ -98,13 +106,18 @@ def _steps(counts: npt.NDArray[np.int64], max_length: int) -> _Steps:
 
 
 class PackedOrder(Order):
-    """Rows of whole documents, as full as best-fit makes them; the rest of a row is padding.
+    """Rows of whole documents, as `place` puts them there; the rest of a row is padding.
 
     One packing serves all epochs; each epoch permutes its rows.
     """
 
     def __init__(
-        self, document_lengths: Integers, max_length: int, seed: int, shared: SharedArrays
+        self,
+        document_lengths: Integers,
+        max_length: int,
+        seed: int,
+        shared: SharedArrays,
+        place: Place = best_fit,
     ) -> None:
         self.num_tokens = int(document_lengths.sum(dtype=np.int64))
         if self.num_tokens == 0 or max_length < 1:
@@ -113,9 +126,9 @@ class PackedOrder(Order):
         self._permutations = Permutations(seed, shared)
 
         def build(folder: Path) -> None:
-            _write_packing(folder, document_lengths, max_length, self._permutations)
+            _write_packing(folder, document_lengths, max_length, self._permutations, place)
 
-        arrays = shared.load("best_fit", build)
+        arrays = shared.load(place.__name__, build)
         # Row i has the pieces firsts[i] .. firsts[i + 1] - 1.
         self._firsts = arrays["firsts"]
         self._pieces = arrays["documents"], arrays["starts"], arrays["lengths"]
@@ -148,7 +161,7 @@ class PackedOrder(Order):
 
 
 def _write_packing(
-    folder: Path, lengths: Integers, max_length: int, permutations: Permutations
+    folder: Path, lengths: Integers, max_length: int, permutations: Permutations, place: Place
 ) -> None:
     """Write `documents`, `starts` and `lengths` of all pieces, and `firsts` of all rows."""
     count = 0
@@ -164,7 +177,8 @@ def _write_packing(
     sizes_path = folder / "sizes"
     with sizes_path.open("wb") as sizes_file:
         for documents in _windows(folder, len(lengths), permutations):
-            pieces, sizes = _packed(documents, lengths[documents].astype(np.int64), max_length)
+            window = lengths[documents].astype(np.int64)
+            pieces, sizes = _packed(documents, window, max_length, place)
             begin, end = end, end + len(pieces[0])
             for array, values in zip(arrays, pieces, strict=True):
                 array[begin:end] = values
@@ -193,13 +207,13 @@ def _windows(folder: Path, count: int, permutations: Permutations) -> Iterator[I
 
 
 def _packed(
-    documents: Integers, lengths: npt.NDArray[np.int64], max_length: int
+    documents: Integers, lengths: npt.NDArray[np.int64], max_length: int, place: Place
 ) -> tuple[tuple[Integers, Integers, Integers], Integers]:
     """(document, start, length) of the pieces of a window, row after row, and the rows' sizes."""
     full, rest = np.divmod(lengths, max_length)
     cut, number = expand(full)
     items = np.flatnonzero(rest)
-    placed = best_fit(rest[items], max_length)
+    placed = place(rest[items], max_length)
     # Within a row the pieces keep the seeded order, so that short documents do not always stand at
     # the end of a row.
     items = items[np.argsort(placed, kind="stable")]

@@ -5,12 +5,11 @@ tokenizer and options give the same folder, which is prepared once and opened ev
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from llama_lib.data.build import Plan, build
 from llama_lib.data.entries import Entry
 from llama_lib.data.join import joined, subset
 from llama_lib.data.mixture import MIXTURES, load_mixture
-from llama_lib.data.once import Turn, once
+from llama_lib.data.once import failure_reported, once, raise_failure
 from llama_lib.data.opening import is_tokenised, needs_tokenizer, open_tokens
 from llama_lib.data.prepare_checks import check, check_command
 from llama_lib.data.prepared import (
@@ -38,7 +37,7 @@ from llama_lib.data.tokenizer import (
     tokenizer_hash,
 )
 from llama_lib.data.work_folder import alone_at
-from llama_lib.errors import LlamaLibError, RunError, UserError
+from llama_lib.errors import RunError, UserError
 
 _MIB = 1 << 20
 
@@ -106,7 +105,7 @@ def prepare(request: PrepareRequest) -> PreparedDataset:
 def _prepare_texts(request: PrepareRequest, entries: Sequence[Entry]) -> PreparedDataset:
     """The dataset of text alone, from the cache or made."""
     cache_dir = Path(request.cache_dir).expanduser()
-    _make_folder(cache_dir, "--cache_dir")
+    make_folder(cache_dir, "--cache_dir")
     datasets = [entry.name for entry in entries]
     name = request.tokenizer or ("sample" if datasets == ["sample"] else None)
     if name is None:
@@ -134,40 +133,18 @@ def _prepare_texts(request: PrepareRequest, entries: Sequence[Entry]) -> Prepare
     else:
         folder = Path(request.output).expanduser().resolve()
         _check_output(folder, key)
-    _make_folder(folder.parent, "--output" if request.output else "--cache_dir")
+    make_folder(folder.parent, "--output" if request.output else "--cache_dir")
     plan = Plan(request, options, sources, eval_sources, limits, digest, key, text_key)
     with once(cache_dir, str(folder), "tokenisation") as turn:
-        _raise_failure(turn)
+        raise_failure(turn)
         if not is_prepared(folder):
             # Those with another --cache_dir, or on another host, take turns by a lock of their own.
-            with _failure_reported(turn), alone_at(folder):
+            with failure_reported(turn), alone_at(folder):
                 if request.output is not None:
                     _check_output(folder, key)
                 if not is_prepared(folder):
                     build(plan, tokenizer, folder, turn)
     return PreparedDataset.open(folder)
-
-
-def _raise_failure(turn: Turn) -> None:
-    """End as the process did that this one has waited for."""
-    if "failed" in turn.before:
-        raise UserError(turn.before["failed"])
-    if "broken" in turn.before:
-        raise RunError(turn.before["broken"])
-
-
-@contextlib.contextmanager
-def _failure_reported(turn: Turn) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        turn.report(failed=error.problems)
-        raise
-    except LlamaLibError as error:
-        # On a full disk there may be no room for this either; then the next one tries again.
-        with contextlib.suppress(OSError):
-            turn.report(broken=str(error))
-        raise
 
 
 def _options(
@@ -294,9 +271,9 @@ def _resolve_once(
     """Sources of both; one process downloads, those that waited for it take its answer."""
     key = json.dumps(["resolve", datasets, eval_data, os.getcwd(), entries_apart])
     with once(cache_dir, key, "the download of the data") as turn:
-        _raise_failure(turn)
+        raise_failure(turn)
         if "sources" not in turn.before:
-            with _failure_reported(turn):
+            with failure_reported(turn):
                 found = [resolve(datasets, cache_dir, entries_apart)]
                 found.append(resolve(eval_data, cache_dir) if eval_data else [])
             turn.before["sources"] = [
@@ -315,8 +292,8 @@ def _files_key(sources: list[Source], eval_sources: list[Source], tokenizer: str
     return {
         "version": VERSION,
         "tokenizer": tokenizer,
-        "sources": [[s.name, s.entry, [_file_key(f) for f in s.files]] for s in sources],
-        "eval": [[s.name, [_file_key(f) for f in s.files]] for s in eval_sources],
+        "sources": [[s.name, s.entry, [file_key(f) for f in s.files]] for s in sources],
+        "eval": [[s.name, [file_key(f) for f in s.files]] for s in eval_sources],
     }
 
 
@@ -324,8 +301,8 @@ def _hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _file_key(path: Path) -> list[Any]:
-    """Path, size, mtime and a hash of the first and last MiB: cheap for any size of file."""
+def file_key(path: Path) -> list[Any]:
+    """Path, size, mtime and a hash of the first and last MiB: what names a file of any size."""
     try:
         facts = path.stat()
         with path.open("rb") as file:
@@ -348,7 +325,8 @@ def _check_output(folder: Path, key: str) -> None:
         )
 
 
-def _make_folder(folder: Path, flag: str) -> None:
+def make_folder(folder: Path, flag: str) -> None:
+    """A folder to write in; UserError names the option that chooses another."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

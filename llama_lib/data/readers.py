@@ -4,37 +4,39 @@ Invariant: a record is either yielded, or named by file and line in an error, or
 """
 
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar
 
 import orjson
 
 from llama_lib.data.bad_records import (
+    EXAMPLE_LINE,
     BadRecord,
-    NoTextColumn,
-    no_text_column,
+    UnknownShape,
+    check_characters,
     nothing_in,
     unreadable,
 )
 from llama_lib.data.compressed import decompressed
+from llama_lib.data.json_values import LARGEST_VALUE, is_a_line, json_values, parse_line
 from llama_lib.data.parts import Part, is_seekable
-from llama_lib.data.tables import Ids, Table
+from llama_lib.data.tables import ROWS, Selection, Table, select_documents
 from llama_lib.errors import UserError
 
 FORMATS = ".jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet, .arrow"
 
 _COMPRESSIONS = ("", ".gz", ".zst")
-_CHUNK_CHARACTERS = 1 << 20
 # 256 KiB instead of Python's 8: 1050 instead of 640 MB/s of parsed lines. Measured 2026-11-22.
 _BUFFER_BYTES = 1 << 18
-# A JSON value still open after this many characters is a broken file, not a record. Chosen.
-_LARGEST_VALUE = 1 << 28
 _PEEK_BYTES = 1 << 10
 _BOM = b"\xef\xbb\xbf"
+
+T = TypeVar("T")
 
 
 def file_format(path: Path) -> str | None:
@@ -50,18 +52,41 @@ def file_format(path: Path) -> str | None:
     return None
 
 
-class TextFile:
-    """Iterate over the records of one file or of a part of it: texts, or arrays of token ids.
+@dataclass(frozen=True)
+class Reading(Generic[T]):
+    """What records are read as.
 
-    `position` of `size` bytes are read so far; `bad` records were left out (only with
-    `skip_bad_lines`; without it the first bad record raises UserError). `is_rows` says whether
-    the records are ready-made rows of ids. Reading a whole file that gives no record is an
-    error; whoever reads a file in parts looks at all of them and raises `nothing_in`.
+    Attributes:
+        kind: the type of the values of JSON records.
+        plain: the value of a parsed record, by the fastest way; anything but a `kind`, or a
+            BadRecord or error of a wrong key or type, if the record is not plainly right.
+        judged: the value of any parsed record; raises BadRecord, which says what is wrong.
+        select: says the same for the rows of a table.
+        example: lines that are right, for messages.
     """
 
-    def __init__(self, path: Path, skip_bad_lines: bool = False, part: Part | None = None) -> None:
+    kind: type
+    plain: Callable[[Any], Any]
+    judged: Callable[[Any], T]
+    select: Callable[[Path, Any], Selection]
+    example: str
+
+
+class RecordFile(Generic[T]):
+    """The records of one file or of a part of it, each as a value of one type.
+
+    `position` of `size` bytes are read so far; `bad` records were left out (only with
+    `skip_bad_lines`; without it the first bad record raises UserError). Reading a whole file that
+    gives no record is an error; whoever reads a file in parts looks at all of them and raises
+    `nothing_in`.
+    """
+
+    def __init__(
+        self, path: Path, reading: Reading[T], skip_bad_lines: bool, part: Part | None
+    ) -> None:
         self.path = path
         self.skip_bad_lines = skip_bad_lines
+        self._reading = reading
         self.bad = 0
         self._kind = file_format(path)
         if part and part.start and not is_seekable(path):
@@ -70,7 +95,8 @@ class TextFile:
         self._tell: Callable[[], int] = lambda: 0
         self._last_bad: tuple[str, int, BadRecord] | None = None
         self._first_byte = 0  # where the first line read here begins
-        self._table = Table(path, part)  # used for tables only
+        self._number = 0  # of the last record, counted from the first one read here
+        self._table = Table(path, reading.select, part)  # used for tables only
         try:
             self.size = self._table.size
         except OSError as error:
@@ -83,8 +109,14 @@ class TextFile:
         return min(self._tell(), self.size)
 
     @property
-    def is_rows(self) -> bool:
-        return self._kind in ("parquet", "arrow") and self._table.is_rows
+    def number(self) -> int:
+        """Line of the file where the last record begins, or its row in a table, from 1."""
+        return self._before + self._number
+
+    def check_table(self) -> None:
+        """Raises UserError if this is a table without any of the columns that are looked for."""
+        if self._is_table:
+            _ = self._table.selection
 
     @property
     def last_bad(self) -> str:
@@ -97,8 +129,8 @@ class TextFile:
             return f"line {number} from byte {self._first_byte} on: {bad}"
         return self._named(unit, number, bad)
 
-    def __iter__(self) -> Iterator[Any]:
-        readers: dict[str | None, Callable[[], Iterator[str | Ids]]] = {
+    def _values(self) -> Iterator[T]:
+        readers: dict[str | None, Callable[[], Iterator[T]]] = {
             "jsonl": self._json_lines,
             "json": self._json,
             "parquet": self._table_rows,
@@ -113,11 +145,15 @@ class TextFile:
                 yield first
                 yield from records
             elif self._is_whole():
-                raise nothing_in(self.path, self.bad, self.last_bad)
+                raise nothing_in(self.path, self.bad, self.last_bad, self._reading.example)
         except (OSError, EOFError, zlib.error) as error:
             raise unreadable(self.path, error) from error
         finally:
             self._tell = lambda: self.size
+
+    @property
+    def _is_table(self) -> bool:
+        return self._kind in ("parquet", "arrow")
 
     def _is_whole(self) -> bool:
         if self._part is None:
@@ -126,7 +162,7 @@ class TextFile:
             return self._table.is_whole
         return self._part.start == 0 and self._part.stop >= self.path.stat().st_size
 
-    def _json_lines(self) -> Iterator[str]:
+    def _json_lines(self) -> Iterator[T]:
         with (
             self.path.open("rb", buffering=_BUFFER_BYTES) as raw,
             decompressed(self.path, raw) as stream,
@@ -135,24 +171,25 @@ class TextFile:
             start = part.start if part else 0
             lines = self._lines_of(part, raw) if part else stream
             self._tell = lambda: raw.tell() - start
-            loads = orjson.loads
+            loads, plain, kind = orjson.loads, self._reading.plain, self._reading.kind
             for number, line in enumerate(lines, start=1):
                 try:
-                    text = loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    text = None
+                    value = plain(loads(line))
+                except (ValueError, KeyError, TypeError, BadRecord):
+                    value = None
                 # Whatever is not plainly right is judged by the slower parser, which knows why.
-                if type(text) is not str:
+                if type(value) is not kind:
                     if number == 1 and start == 0:
                         line = line.removeprefix(_BOM)
                     if not line.strip():
                         continue
                     try:
-                        text = _text_of(_parse_line(line))
+                        value = self._reading.judged(parse_line(line))
                     except BadRecord as bad:
                         self._reject("line", number, bad)
                         continue
-                yield text
+                self._number = number
+                yield value
 
     def _lines_of(self, part: Part, raw: IO[bytes]) -> Iterator[bytes]:
         """The lines that begin in a part of a plain file."""
@@ -168,7 +205,7 @@ class TextFile:
             if at >= part.stop:
                 return
 
-    def _json(self) -> Iterator[str]:
+    def _json(self) -> Iterator[T]:
         """Arrays of records, records over several lines, or lines named .json."""
         with self.path.open("rb") as raw, decompressed(self.path, raw) as stream:
             # An array may be one line as long as the file, so only its beginning is looked at.
@@ -176,71 +213,28 @@ class TextFile:
             while first_line and not first_line.strip():
                 first_line = stream.readline(_PEEK_BYTES)
             if first_line.lstrip().startswith(b"{") and not first_line.endswith(b"\n"):
-                first_line += stream.readline(_LARGEST_VALUE)
-        if first_line and _is_a_line(first_line):
+                first_line += stream.readline(LARGEST_VALUE)
+        if first_line and is_a_line(first_line):
             yield from self._json_lines()
             return
         with self.path.open("rb") as raw, decompressed(self.path, raw) as stream:
             self._tell = raw.tell
-            for number, value in self._json_values(io.TextIOWrapper(stream, "utf-8-sig")):
+            for number, record in json_values(self.path, io.TextIOWrapper(stream, "utf-8-sig")):
                 try:
-                    yield _text_of(value)
+                    value = self._reading.judged(record)
                 except BadRecord as bad:
                     self._reject("line", number, bad)
+                    continue
+                self._number = number
+                yield value
 
-    def _json_values(self, stream: IO[str]) -> Iterator[tuple[int, Any]]:
-        """(line number, value) of each element of every array, and of each value outside them."""
-        decoder = json.JSONDecoder()
-        buffer, line, ended, wanted = "", 1, False, _CHUNK_CHARACTERS
-        in_array = False
-        while True:
-            body = buffer.lstrip(" \t\r\n,")
-            # What follows an array may be another one: a file may be several, joined.
-            while body and body[0] == ("]" if in_array else "["):
-                in_array = not in_array
-                body = body[1:].lstrip(" \t\r\n,")
-            line += buffer.count("\n", 0, len(buffer) - len(body))
-            buffer = body
-            value, end = None, 0
-            if buffer:
-                try:
-                    value, end = decoder.raw_decode(buffer)
-                except json.JSONDecodeError as error:
-                    if ended or len(buffer) > _LARGEST_VALUE:
-                        raise self._cut_short(line + error.lineno - 1, error.msg) from error
-                except (ValueError, RecursionError) as error:
-                    raise self._cut_short(line, str(error)) from error
-            # A value that ends where the buffer ends may go on in the next chunk.
-            if end and (end < len(buffer) or ended):
-                yield line, value
-                line += buffer.count("\n", 0, end)
-                buffer = buffer[end:]
-                wanted = _CHUNK_CHARACTERS
-            elif ended:
-                if in_array:
-                    raise UserError(f"{self.path} line {line}: the array has no closing ].")
-                return
-            else:
-                try:
-                    chunk = stream.read(wanted)
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{self.path} is not UTF-8: {error}.") from error
-                # Doubling keeps the decoding of one long value linear.
-                wanted *= 2
-                buffer, ended = buffer + chunk, not chunk
-
-    def _cut_short(self, line: int, reason: str) -> UserError:
-        return UserError(
-            f"{self.path} line {line}: invalid JSON ({reason}). An array cannot be read past such "
-            "a place; mend it, or save one record per line."
-        )
-
-    def _table_rows(self) -> Iterator[str | Ids]:
+    def _table_rows(self) -> Iterator[T]:
         self._tell = lambda: self._table.position
         for number, value in enumerate(self._table, start=1):
             if isinstance(value, BadRecord):
                 self._reject("row", number, value)
             else:
+                self._number = number
                 yield value
 
     def _reject(self, unit: str, number: int, bad: BadRecord) -> None:
@@ -249,8 +243,8 @@ class TextFile:
         if self.skip_bad_lines:
             self.bad += 1
             return
-        if isinstance(bad, NoTextColumn) and number == 1 and not self._before:
-            raise no_text_column(self.path, bad.columns)
+        if isinstance(bad, UnknownShape) and number == 1 and not self._before:
+            raise bad.of_file(self.path)
         raise UserError(
             f"{self.path} {self._named(unit, number, bad)}. Mend it, or drop and count such lines "
             "with --skip_bad_lines."
@@ -261,8 +255,8 @@ class TextFile:
 
     @cached_property
     def _before(self) -> int:
-        """Lines or rows of the file before the first one read here; counted only for a message."""
-        if self._kind in ("parquet", "arrow"):
+        """Lines or rows of the file before the first one read here; counted only when asked for."""
+        if self._is_table:
             return self._table.first_row
         lines, left = 0, self._first_byte
         with self.path.open("rb") as raw:
@@ -272,52 +266,30 @@ class TextFile:
         return lines
 
 
-def _is_a_line(line: bytes) -> bool:
-    """Whether the first line of a file tells that each line is a record, if perhaps a bad one."""
-    try:
-        text = line.decode("utf-8").strip(" \t\r\n")
-        if text.startswith("["):
-            return False
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        if not text.startswith("{"):
-            return True
-        # No string goes on in the next line, so this one is cut.
-        if error.msg.startswith("Unterminated string"):
-            return True
-        rest = text[error.pos :].lstrip(" \t\r\n,")
-        # Neither a record that goes on in the next line, nor one with more behind it.
-        return bool(rest) and not (error.msg == "Extra data" and rest[0] in "{[")
-    except (ValueError, RecursionError):
-        pass
-    return True
+class TextFile(RecordFile[Any]):
+    """Iterate over the texts of a file, or over its ready-made rows of token ids."""
 
+    def __init__(self, path: Path, skip_bad_lines: bool = False, part: Part | None = None) -> None:
+        super().__init__(path, _DOCUMENTS, skip_bad_lines, part)
 
-def _parse_line(line: bytes) -> Any:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"not UTF-8 at byte {error.start}") from error
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadRecord(f"invalid JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        # A number of thousands of digits, or a thousand open brackets.
-        raise BadRecord(f"invalid JSON ({error})") from error
+    @property
+    def is_rows(self) -> bool:
+        return self._is_table and self._table.selection is ROWS
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._values()
 
 
 def _text_of(record: Any) -> str:
     if not isinstance(record, dict):
         raise BadRecord(f"{type(record).__name__} instead of an object with `text`")
     if "text" not in record:
-        raise NoTextColumn(sorted(record))
+        raise UnknownShape(sorted(record))
     text = record["text"]
     if not isinstance(text, str):
         raise BadRecord(f"`text` is {type(text).__name__}, not a string")
-    # JSON can spell half a surrogate pair, which is no character and which no tokenizer takes.
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRecord(f"half a surrogate pair at character {error.start}") from error
+    check_characters(text)
     return text
+
+
+_DOCUMENTS = Reading(str, itemgetter("text"), _text_of, select_documents, EXAMPLE_LINE)

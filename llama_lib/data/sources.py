@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_lib.data.bad_records import unreadable
+from llama_lib.data.chat.sample import write_sample_conversations
 from llama_lib.data.hub import hub_files, is_hub_name
 from llama_lib.data.once import is_first_of_node
 from llama_lib.data.readers import FORMATS, TextFile, file_format
@@ -79,12 +80,24 @@ def resolve(
     entries. Equal stems get the names of their folders in front. Raises UserError with every
     problem found.
     """
+    sources = locate(datasets, cache_dir, entries_apart)
+    _check_tables(sources)
+    return sources
+
+
+def locate(
+    datasets: str | Sequence[str],
+    cache_dir: Path,
+    entries_apart: bool = False,
+    conversations: bool = False,
+) -> list[Source]:
+    """`resolve` without a look into the files, for text or for conversations."""
     datasets = [datasets] if isinstance(datasets, str) else list(datasets)
     problems: list[str] = []
     found: list[tuple[int, _Found]] = []
     for entry, dataset in enumerate(datasets):
         try:
-            found += [(entry, file) for file in _expand(dataset, cache_dir)]
+            found += [(entry, file) for file in _expand(dataset, cache_dir, conversations)]
         except UserError as error:
             problems += error.problems
     problems += _given_twice(file for _, file in found)
@@ -94,12 +107,10 @@ def resolve(
         raise UserError(problems)
     groups = _groups(found, entries_apart)
     names = _names(list(groups))
-    sources = [
+    return [
         Source(names[parts], tuple(file.path for _, file in files), entry=files[0][0])
         for parts, files in groups.items()
     ]
-    _check_tables(sources)
-    return sources
 
 
 def is_on_hub(dataset: str) -> bool:
@@ -129,14 +140,15 @@ def _groups(
     return groups
 
 
-def _expand(dataset: str, cache_dir: Path) -> list[_Found]:
+def _expand(dataset: str, cache_dir: Path, conversations: bool) -> list[_Found]:
     """The files behind one entry, in order."""
     if dataset == "sample":
-        return [_named(path, "sample", path.stem) for path in write_sample(cache_dir / "sample")]
+        write = write_sample_conversations if conversations else write_sample
+        return [_named(path, "sample", path.stem) for path in write(cache_dir / "sample")]
     name = os.path.expanduser(dataset)
     path = Path(name)
     if os.path.isdir(name):
-        _check_is_no_result(path)
+        _check_is_no_result(path, "conversations are" if conversations else "text is")
         walk = _Walk(path)
         found = list(walk.files())
         if not found:
@@ -153,7 +165,7 @@ def _expand(dataset: str, cache_dir: Path) -> list[_Found]:
         config = dataset.partition(":")[2]
         return [
             _Found(file, parts, (*parts, config) if config else parts, may_share=False)
-            for parts, file in hub_files(dataset)
+            for parts, file in hub_files(dataset, conversations)
         ]
     else:
         raise UserError(f"{dataset}: there is no such file or folder (from {Path.cwd()}).")
@@ -282,10 +294,10 @@ def _listed(folder: Path) -> list[Path]:
         raise unreadable(folder, error) from error
 
 
-def _check_is_no_result(folder: Path) -> None:
+def _check_is_no_result(folder: Path, wanted: str) -> None:
     names = {path.name for path in _listed(folder)}
     if "manifest.json" in names:
-        raise UserError(f"{folder} is a prepared dataset; text is expected here.")
+        raise UserError(f"{folder} is a prepared dataset; {wanted} expected here.")
     pairs = sorted(name.removesuffix(".idx") for name in names if name.endswith(".idx"))
     if pairs or any(name.endswith(".sizes") for name in names):
         raise UserError(

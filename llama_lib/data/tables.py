@@ -1,4 +1,4 @@
-"""Read the `text` strings, or the ready-made rows of token ids, of one .parquet or .arrow file.
+"""Read the rows of one .parquet or .arrow file: texts, ready-made rows of token ids, or others.
 
 Invariant: every row of the table gives exactly one value, or the reason why it has none.
 """
@@ -6,6 +6,7 @@ Invariant: every row of the table gives exactly one value, or the reason why it 
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_lib.data.bad_records import BadRecord, no_text_column, unreadable
+from llama_lib.data.bad_records import BadRecord, UnknownShape, unreadable
 from llama_lib.data.parts import Part, parquet_file
 from llama_lib.errors import UserError
 
-# Rows decoded at once, by is_rows: ready-made rows are long. Chosen.
-_BATCH_ROWS = {False: 256, True: 32}
 # A label of no loss, by the convention of PyTorch and transformers.
 _IGNORED = -100
 _FILE_MAGIC = b"ARROW1"  # of the format with an index at its end; streams have no magic
@@ -26,15 +25,33 @@ _FILE_MAGIC = b"ARROW1"  # of the format with an index at its end; streams have 
 Ids = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What is taken from a table.
+
+    Attributes:
+        columns: those that are read, where the table has them.
+        values: of a record batch, the value of each row, or the reason why it has none.
+        batch_rows: decoded at once.
+    """
+
+    columns: tuple[str, ...]
+    values: Callable[[Any], Iterator[Any]]
+    batch_rows: int = 256  # chosen
+
+
 class Table:
     """Iterate over the rows of a file, or of some of its row groups.
 
-    `position` of `size` bytes are read so far. Rows of a table with `input_ids` and no `text`
-    are arrays of ids, without those that its `attention_mask` hides.
+    `position` of `size` bytes are read so far. `select` looks at the schema and says what is
+    taken; it raises UserError if the table holds nothing we can use.
     """
 
-    def __init__(self, path: Path, part: Part | None = None) -> None:
+    def __init__(
+        self, path: Path, select: Callable[[Path, Any], Selection], part: Part | None = None
+    ) -> None:
         self.path = path
+        self._select = select
         self._is_parquet = path.name.lower().endswith(".parquet")
         self._part = part if self._is_parquet else None
         self._tell: Callable[[], int] = lambda: 0
@@ -62,20 +79,19 @@ class Table:
         return self._part is None or self._rows == (0, self._rows[2], self._rows[2])
 
     @cached_property
-    def is_rows(self) -> bool:
-        """Whether it holds ready-made rows. Raises UserError if it holds nothing we can use."""
+    def selection(self) -> Selection:
+        """What is taken. Raises UserError if the table holds nothing we can use."""
         with self._opened() as (schema, _):
-            return _is_rows(self.path, schema)
+            return self._select(self.path, schema)
 
-    def __iter__(self) -> Iterator[str | Ids | BadRecord]:
+    def __iter__(self) -> Iterator[Any]:
+        """The value of each row, or the BadRecord that says why it has none."""
         with self._opened() as (schema, batches):
-            is_rows = _is_rows(self.path, schema)
-            values = _rows_of if is_rows else _texts_of
-            used = ("input_ids", "attention_mask", "labels") if is_rows else ("text",)
-            columns = [name for name in used if name in schema.names]
-            for batch in batches(columns):
-                for start in range(0, len(batch), _BATCH_ROWS[is_rows]):
-                    yield from values(batch.slice(start, _BATCH_ROWS[is_rows]))
+            selection = self._select(self.path, schema)
+            columns = [name for name in selection.columns if name in schema.names]
+            for batch in batches(columns, selection.batch_rows):
+                for start in range(0, len(batch), selection.batch_rows):
+                    yield from selection.values(batch.slice(start, selection.batch_rows))
 
     @cached_property
     def _rows(self) -> tuple[int, int, int]:
@@ -87,11 +103,11 @@ class Table:
         return sum(rows[: self._part.start]), sum(rows[: self._part.stop]), sum(rows)
 
     @contextmanager
-    def _opened(self) -> Iterator[tuple[Any, Callable[[list[str]], Iterator[Any]]]]:
+    def _opened(self) -> Iterator[tuple[Any, Callable[[list[str], int], Iterator[Any]]]]:
         """(schema, a function that gives the record batches of some columns)."""
         if self._is_parquet:
             with parquet_file(self.path) as file:
-                yield file.schema_arrow, lambda columns: self._row_groups(file, columns)
+                yield file.schema_arrow, lambda *wanted: self._row_groups(file, *wanted)
             return
         import pyarrow as pa
 
@@ -103,23 +119,22 @@ class Table:
             buffer = pa.BufferReader(pa.py_buffer(mapped))
             if mapped[: len(_FILE_MAGIC)] == _FILE_MAGIC:
                 file = pa.ipc.open_file(buffer)
-                yield file.schema, lambda columns: self._mapped(mapped, _indexed(file, self.size))
+                yield file.schema, lambda *_: self._mapped(mapped, _indexed(file, self.size))
             else:
                 stream = pa.ipc.open_stream(buffer)
                 batches = ((batch, buffer.tell()) for batch in stream)
-                yield stream.schema, lambda columns: self._mapped(mapped, batches)
+                yield stream.schema, lambda *_: self._mapped(mapped, batches)
         except pa.ArrowException as error:
             raise UserError(f"{self.path} is damaged, or no arrow file: {error}") from error
         except OSError as error:
             raise unreadable(self.path, error) from error
 
-    def _row_groups(self, file: Any, columns: list[str]) -> Iterator[Any]:
+    def _row_groups(self, file: Any, columns: list[str], batch_rows: int) -> Iterator[Any]:
         part = self._part
         groups = range(part.start, part.stop) if part else range(file.metadata.num_row_groups)
         rows = max(1, sum(file.metadata.row_group(number).num_rows for number in groups))
         done = 0
         self._tell = lambda: self.size * done // rows
-        batch_rows = _BATCH_ROWS[_is_rows(self.path, file.schema_arrow)]
         for batch in file.iter_batches(
             batch_rows, row_groups=list(groups), columns=columns, use_threads=False
         ):
@@ -146,17 +161,32 @@ def _indexed(file: Any, size: int) -> Iterator[tuple[Any, int]]:
         yield file.get_batch(index), size * (index + 1) // number
 
 
-def _is_rows(path: Path, schema: Any) -> bool:
+def check_strings(path: Path, schema: Any, name: str) -> None:
+    """Raises UserError if a column holds anything but strings."""
+    from pyarrow import types
+
+    kind = schema.field(name).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        raise UserError(f"{path}: the column `{name}` holds {kind}, expected strings.")
+
+
+def is_list(kind: Any) -> bool:
+    """Whether the rows of a column of this arrow type are lists."""
+    from pyarrow import types
+
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def select_documents(path: Path, schema: Any) -> Selection:
+    """The `text` strings; of a table with `input_ids` and no `text`, ROWS."""
     from pyarrow import types
 
     if "text" in schema.names:
-        kind = schema.field("text").type
-        kind = kind.value_type if types.is_dictionary(kind) else kind
-        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
-            raise UserError(f"{path}: the column `text` holds {kind}, expected strings.")
-        return False
+        check_strings(path, schema, "text")
+        return _TEXTS
     if "input_ids" not in schema.names:
-        raise no_text_column(path, schema.names)
+        raise UnknownShape(schema.names).of_file(path)
     for name, what in (
         ("input_ids", "whole numbers"),
         ("attention_mask", "0 and 1"),
@@ -167,11 +197,12 @@ def _is_rows(path: Path, schema: Any) -> bool:
         kind = schema.field(name).type
         if name == "labels" and types.is_null(kind):
             continue
-        is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-        is_mask = is_list and name == "attention_mask" and types.is_boolean(kind.value_type)
-        if not (is_mask or (is_list and types.is_integer(kind.value_type))):
+        is_mask = name == "attention_mask"
+        if not is_list(kind) or not (
+            types.is_integer(kind.value_type) or (is_mask and types.is_boolean(kind.value_type))
+        ):
             raise UserError(f"{path}: the column `{name}` holds {kind}, expected lists of {what}.")
-    return True
+    return ROWS
 
 
 def _texts_of(batch: Any) -> Iterator[str | BadRecord]:
@@ -286,3 +317,8 @@ def _flat(batch: Any, name: str) -> tuple[Ids, npt.NDArray[np.int64], npt.NDArra
         values = values.fill_null(0)
     numbers = values.to_numpy(zero_copy_only=False)
     return numbers.astype(np.int64, copy=False), ends.astype(np.int64), missing
+
+
+_TEXTS = Selection(("text",), _texts_of)
+# Arrays of ids, without those that an `attention_mask` hides. They are long, so few at once.
+ROWS = Selection(("input_ids", "attention_mask", "labels"), _rows_of, batch_rows=32)

@@ -17,7 +17,8 @@ class Passage(NamedTuple):
     """Part of a row: `length` tokens from token `start` of a document.
 
     `number` counts from 0: the documents of `source` in prepared data, those left out not counted;
-    the readable records of `file` in a stream.
+    the readable records of `file` in a stream. Of a conversation it is the line of `file`, in a
+    table the row, from 1.
     """
 
     source: str

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llama_lib.data import packing, shared
+from llama_lib.data.arrange import PACKINGS
 from llama_lib.data.order import Piece
 from llama_lib.data.packing import PackedOrder, best_fit
 from llama_lib.data.shared import SharedArrays
@@ -158,6 +159,20 @@ def test_large_packings_are_those_of_small_ones(
     assert [large.row_documents(sample) for sample in range(large.num_rows(3))] == expected
     kept = {path.name for path in (tmp_path / "large").rglob("*") if path.is_dir()}
     assert {"best_fit", "order-1-1", "order-1-2"} <= kept and "order-1-0" not in kept
+
+
+def test_padded_rows_hold_one_document_each(tmp_path: Path) -> None:
+    lengths = np.array([5, 3, 2, 9, 12, 7], np.int32)
+    shared = SharedArrays(tmp_path, "padded")
+    order = PACKINGS["padded"](lengths, 10, 1, shared)
+    assert order.num_rows(1) == 7 and order.passes(14) == 2
+    rows = [order.row_documents(sample) for sample in range(14)]
+    pieces = [(0, 0, 5), (1, 0, 3), (2, 0, 2), (3, 0, 9), (4, 0, 10), (4, 10, 2), (5, 0, 7)]
+    assert sorted(rows[:7]) == sorted(rows[7:]) == [[piece] for piece in pieces]
+    assert rows[:7] != rows[7:]
+    # Packed ones of the same documents are kept beside them.
+    assert packed(tmp_path, lengths, 10).num_rows(1) == 4
+    assert PackedOrder(lengths, 10, 1, shared).num_rows(1) == 4
 
 
 def test_documents_without_tokens_are_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from llama_lib.data import (
 )
 from llama_lib.data import prepare as prepare_module
 from llama_lib.data.inspect import main as inspect_main
-from llama_lib.data.once import Turn, once
+from llama_lib.data.once import Turn, once, raise_failure
 from llama_lib.data.prepare import PrepareRequest, main, prepare
 from llama_lib.data.prepared import PreparedDataset, unigram_entropy
 from llama_lib.data.sources import Source
@@ -273,7 +273,7 @@ def test_file_that_may_not_be_read_is_named(request_for, write_jsonl, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", refused)  # root may read everything
         with pytest.raises(UserError, match=r"a\.jsonl cannot be read: Permission denied"):
-            prepare_module._file_key(path)
+            prepare_module.file_key(path)
 
 
 def test_bad_line_leaves_nothing_behind(request_for, write_jsonl, tmp_path) -> None:
@@ -507,7 +507,7 @@ def test_those_who_wait_hear_of_both_stages_and_of_failures(
         prepare(request_for(*paths, workers=1, eval_ratio=0.1))
     assert "is full" in reports[-1]["broken"]
     with pytest.raises(RunError, match="is full"):
-        prepare_module._raise_failure(Turn(tmp_path / "board", reports[-1]))
+        raise_failure(Turn(tmp_path / "board", reports[-1]))
 
 
 @pytest.mark.skipif(not REDPAJAMA.is_dir(), reason="needs the shared RedPajama samples")

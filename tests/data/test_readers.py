@@ -116,6 +116,11 @@ def test_records_joined_in_other_ways(tmp_path: Path, content: bytes) -> None:
     assert list(TextFile(written(tmp_path, "a.json", content))) == ["a", "b"]
 
 
+def test_what_is_wrong_inside_a_record_of_an_array_is_named_by_its_own_line(tmp_path: Path) -> None:
+    content = b'[\n{"text": "a"},\n{\n"text": "b",\n"meta" 1\n}\n]'
+    assert "line 5: invalid JSON" in problem(written(tmp_path, "a.json", content))
+
+
 def test_array_longer_than_a_chunk(tmp_path: Path) -> None:
     texts = [f"{n} " * 300 for n in range(3000)]
     path = written(tmp_path, "long.json", json.dumps([{"text": t} for t in texts]).encode())

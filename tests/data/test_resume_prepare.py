@@ -44,11 +44,11 @@ def slowly(*arguments, on_part, **more):
         on_part(part)
     return assemble(*arguments, on_part=wait, **more)
 build.assemble = slowly
-rename = build._rename
+rename = build.publish
 def rename_later(*arguments):
     time.sleep(20 * pause)
     rename(*arguments)
-build._rename = rename_later
+build.publish = rename_later
 main(sys.argv[2:])
 """
 

@@ -62,14 +62,22 @@ LAYOUTS = {
     "dp4_gemini": "-p gemini -b 1",
     "dp4_zero2": "-p zero2 -b 1",
 }
+# A Mistral of the same shape.
+LAYOUTS |= {f"{name}_mistral": LAYOUTS[name] for name in ("zero2", "gemini", "hybrid_zero1")}
 # The same with a document mask.
 MASKED = (
     *("zero2", "zero2_accumulate", "zero2_recompute", "zero2_cpu"),
     *("gemini", "gemini_accumulate", "gemini_recompute", "gemini_offload_all", "gemini_auto"),
     *("hybrid_zero0", "hybrid_zero1", "tp2", "tp2_accumulate", "tp2_recompute", "dp2_tp2_zero1"),
+    *("pp2", "pp2_accumulate", "pp2_microbatch2", "pp2_recompute", "tp2_pp2", "dp2_pp2_zero1"),
+    *("zero2_mistral", "gemini_mistral", "hybrid_zero1_mistral"),
 )
 LAYOUTS |= {f"{name}_documents": f"{LAYOUTS[name]} --document_mask" for name in MASKED}
 FOUR_PROCESSES = ("tp2_pp2", "dp2_", "dp4_")
+
+
+def model_type(layout: str) -> str:
+    return "mistral" if "_mistral" in layout else "llama"
 
 
 def num_processes(layout: str) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM, PretrainedConfig
 
 from llama_lib.checkpoint import store
 from llama_lib.checkpoint.state import gather_optimizer, gather_weights
@@ -23,28 +23,37 @@ from llama_lib.errors import RunError
 from llama_lib.layout import layout_of
 from llama_lib.optim import learning_rate, set_learning_rate
 from tests.distributed import plain_loop
-from tests.distributed.cases import LEARNING_RATE, LENGTH, MODEL, SEED, STEPS, WARMUP, options_of
-from tests.distributed.plain_loop import IGNORED, batch, num_labels, packed_batch
+from tests.distributed.cases import (
+    LEARNING_RATE,
+    LENGTH,
+    MODEL,
+    SEED,
+    STEPS,
+    WARMUP,
+    model_type,
+    options_of,
+)
+from tests.distributed.plain_loop import IGNORED, batch, num_labels, packed_batch, plain_config
 
 POISONED = (3, 4)
 
 Report = dict[str, Any]
 
 
-def llama_config(layout: str) -> LlamaConfig:
-    config = LlamaConfig(**MODEL)
+def llama_config(layout: str, length: int = LENGTH) -> PretrainedConfig:
+    config = plain_config(model_type(layout), length)
     # As preflight chooses: ColossalAI's own attention takes over under sequence parallelism.
     config._attn_implementation = "eager" if "_to_all" in layout or "split_" in layout else "sdpa"
     return config
 
 
-def build(layout: str, precision: str, clipping: float = 1.0) -> Engine:
+def build(layout: str, precision: str, clipping: float = 1.0, length: int = LENGTH) -> Engine:
     options = options_of(layout, precision)
     options.training.gradient_clipping = clipping
     return Engine(
         options,
         layout_of(options, dist.get_world_size()),
-        llama_config(layout),
+        llama_config(layout, length),
         torch.device("cpu"),
         options.training.accumulation_steps,
     )
@@ -60,6 +69,7 @@ def micro_batches(
     ids: torch.Tensor,
     labels: torch.Tensor,
     documents: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> list[MicroBatch]:
     """This rank's part of a global batch; replica r takes the r-th consecutive part."""
     size = engine.options.training.batch_size
@@ -67,9 +77,10 @@ def micro_batches(
     first = engine.dp_rank * count
     return [
         MicroBatch(
-            ids[start : start + size],
-            labels[start : start + size],
-            None if documents is None else documents[start : start + size],
+            *(
+                None if each is None else each[start : start + size]
+                for each in (ids, labels, documents, weights)
+            )
         )
         for start in range(first, first + count, size)
     ]
@@ -112,10 +123,10 @@ def optimizer_hashes(engine: Engine) -> dict[str, str]:
     )
 
 
-def plain_weights(precision: str) -> dict[str, torch.Tensor]:
+def plain_weights(layout: str, precision: str) -> dict[str, torch.Tensor]:
     """The initial weights of a model that no plugin has touched."""
     model = build_model(
-        llama_config("plain"),
+        plain_config(model_type(layout)),
         plain_loop.DTYPES[precision],
         SEED,
         torch.device("cpu"),
@@ -126,15 +137,16 @@ def plain_weights(precision: str) -> dict[str, torch.Tensor]:
 
 # -- the checks ------------------------------------------------------------------------------------
 
-_plain_curves: dict[tuple[str, int, frozenset[int], bool], plain_loop.Curve] = {}
+_plain_curves: dict[tuple[str, str, int, frozenset[int], bool], plain_loop.Curve] = {}
 
 
-def _plain(engine: Engine, skipped: frozenset[int]) -> Report:
-    options = engine.options
-    precision = options.training.mixed_precision
-    key = (precision, rows_per_step(engine), skipped, options.model.document_mask)
+def _plain(layout: str, engine: Engine, skipped: frozenset[int]) -> Report:
+    kind, precision = model_type(layout), engine.options.training.mixed_precision
+    rows, masked = rows_per_step(engine), engine.options.model.document_mask
+    key = (kind, precision, rows, skipped, masked)
     if key not in _plain_curves:
-        _plain_curves[key] = plain_loop.train(plain_weights(precision), *key)
+        model = plain_loop.plain_model(kind, plain_weights(layout, precision), precision)
+        _plain_curves[key] = plain_loop.train(model, plain_loop.mean_loss(rows, masked), skipped)
     return vars(_plain_curves[key])
 
 
@@ -150,11 +162,12 @@ def truth(layout: str, precision: str, folder: Path) -> Report:
     return {
         "losses": [loss for loss, _ in results],
         "norms": [norm for _, norm in results],
-        "plain": _plain(engine, overflows),
+        "plain": _plain(layout, engine, overflows),
         "overflows": sorted(overflows),
         "initial_weights": initial,
         "plain_weights": {
-            name: _sha256(tensor) for name, tensor in sorted(plain_weights(precision).items())
+            name: _sha256(tensor)
+            for name, tensor in sorted(plain_weights(layout, precision).items())
         },
         "loss_scale": engine.loss_scale(),
     }
@@ -163,21 +176,21 @@ def truth(layout: str, precision: str, folder: Path) -> Report:
 def nonfinite(layout: str, precision: str, folder: Path) -> Report:
     """The gradients of some steps are NaN; what these change, and the curve around them."""
     engine = build(layout, precision)
-    exact = engine.token_loss_sum
+    exact = engine.criterion.loss_sum
     # Under dp one replica's NaN is enough; within a replica every rank meets it.
     strikes = engine.dp_rank == engine.layout.dp - 1
 
-    def poisoned(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return exact(logits, labels) * (math.nan if strikes else 1.0)
+    def poisoned(*logits_and_labels: Any) -> torch.Tensor:
+        return exact(*logits_and_labels) * (math.nan if strikes else 1.0)
 
     losses, norms, changed = [], [], []
     for step in range(1, STEPS + 1):
         if step in POISONED:
             before = weight_hashes(engine), optimizer_hashes(engine)
-            engine.token_loss_sum = poisoned
+            engine.criterion.loss_sum = poisoned
         loss, norm = train_step(engine, step)
         if step in POISONED:
-            engine.token_loss_sum = exact
+            engine.criterion.loss_sum = exact
             if before != (weight_hashes(engine), optimizer_hashes(engine)):
                 changed.append(step)
         losses.append(loss)
@@ -188,7 +201,7 @@ def nonfinite(layout: str, precision: str, folder: Path) -> Report:
         "norms": norms,
         "changed": changed,
         "skipped": sorted(skipped),
-        "plain": _plain(engine, skipped),
+        "plain": _plain(layout, engine, skipped),
     }
 
 
@@ -232,7 +245,7 @@ def _token_losses(
     for position in range(LENGTH - 1):
         labels = torch.full_like(ids, IGNORED)
         labels[:, position + 1] = targets[:, position + 1]
-        yield engine.loss_sum(micro_batches(engine, ids, labels, documents)).item()
+        yield engine.score(micro_batches(engine, ids, labels, documents)).loss_sum
 
 
 # Documents of a row; each has ids of its own, so that the embedding's gradient tells them apart.
@@ -264,7 +277,8 @@ def isolation(layout: str, precision: str, folder: Path) -> Report:
         pairs = zip(losses, report["losses"], strict=True)
         report[f"moved_by_{name}"] = [index for index, (a, b) in enumerate(pairs) if a != b]
     weights = merged({name: tensor.detach().cpu() for name, tensor in gather_weights(engine)})
-    report["alone"] = _losses_alone(weights, precision, ids)
+    model = plain_loop.plain_model(model_type(layout), weights, precision)
+    report["alone"] = _losses_alone(model, ids)
     return report
 
 
@@ -299,13 +313,8 @@ def _embedding_moment(engine: Engine) -> torch.Tensor:
     return next(iter(found.values()), torch.zeros(MODEL["vocab_size"], MODEL["hidden_size"]))
 
 
-def _losses_alone(
-    weights: dict[str, torch.Tensor], precision: str, ids: torch.Tensor
-) -> dict[str, float]:
+def _losses_alone(model: Any, ids: torch.Tensor) -> dict[str, float]:
     """By position as in `_token_losses`: the rows' losses together, every document by itself."""
-    model = LlamaForCausalLM(llama_config("plain")).to(plain_loop.DTYPES[precision])
-    model.model.rotary_emb.inv_freq = model.model.rotary_emb.rope_init_fn(model.config, None)[0]
-    model.load_state_dict(weights)
     losses = {}
     for start, stop in BORDERS.values():
         with torch.no_grad():
@@ -323,7 +332,7 @@ def saved_model(layout: str, precision: str, folder: Path) -> Report:
     path = _save(engine, folder, 5)
     rows = rows_per_step(engine)
     ids, labels = batch(99, rows)
-    found = engine.loss_sum(micro_batches(engine, ids, labels)).item()
+    found = engine.score(micro_batches(engine, ids, labels)).loss_sum
     served = LlamaForCausalLM.from_pretrained(path / "model", torch_dtype="auto")
     with torch.no_grad():
         expected = plain_loop.loss_sum(served(input_ids=ids).logits, labels).item()

@@ -1,15 +1,17 @@
-"""What every layout has to equal: transformers' LlamaForCausalLM and torch.optim.AdamW in one loop.
+"""What every layout has to equal: a model of transformers and torch.optim.AdamW in one loop.
 
 Invariant: nothing of ColossalAI and nothing of the engine takes part.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from tests.distributed.cases import LEARNING_RATE, LENGTH, MODEL, STEPS, WARMUP
 
@@ -25,6 +27,25 @@ class Curve:
 
     losses: list[float] = field(default_factory=list)
     norms: list[float | None] = field(default_factory=list)
+
+
+def plain_config(model_type: str, length: int = LENGTH) -> PretrainedConfig:
+    """The shape of `cases.MODEL`; Mistral's window is as long as a row, the most it may be."""
+    window = {"sliding_window": length} if model_type == "mistral" else {}
+    return AutoConfig.for_model(model_type, **MODEL, **window, use_cache=False)
+
+
+def plain_model(
+    model_type: str, weights: dict[str, Tensor], precision: str, length: int = LENGTH
+) -> Any:
+    model = AutoModelForCausalLM.from_config(plain_config(model_type, length))
+    model = model.to(DTYPES[precision])
+    # Rotary frequencies are fp32 in the model that transformers loads, whatever its precision.
+    for module in model.modules():
+        if hasattr(module, "rope_init_fn"):
+            module.inv_freq = module.rope_init_fn(module.config, torch.device("cpu"))[0]
+    model.load_state_dict(weights)
+    return model
 
 
 def batch(step: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -88,34 +109,42 @@ def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-def rate(step: int) -> float:
+def rate(step: int, peak: float) -> float:
     """Linear warm-up, then a cosine to a tenth at the last step."""
     if step <= WARMUP:
-        return LEARNING_RATE * step / WARMUP
+        return peak * step / WARMUP
     half_turn = math.pi * (step - WARMUP) / (STEPS - WARMUP)
-    return LEARNING_RATE * (0.1 + 0.9 * 0.5 * (1 + math.cos(half_turn)))
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(half_turn)))
+
+
+def mean_loss(rows: int, with_documents: bool) -> Callable[[Any, int], Tensor]:
+    """The loss of a model in a step of `rows` rows, of `packed_batch` or of `batch`."""
+
+    def loss_of(model: Any, step: int) -> Tensor:
+        inputs: dict[str, Tensor] = {}
+        if with_documents:
+            ids, labels, documents = packed_batch(step, rows)
+            inputs = document_inputs(documents, model.dtype)
+        else:
+            ids, labels = batch(step, rows)
+        logits = model(input_ids=ids, **inputs).logits
+        return loss_sum(logits, labels) / num_labels(labels)
+
+    return loss_of
 
 
 def train(
-    weights: dict[str, Tensor],
-    precision: str,
-    rows: int,
+    model: Any,
+    loss_of: Callable[[Any, int], Tensor],
     skipped: frozenset[int] = frozenset(),
-    with_documents: bool = False,
+    peak: float = LEARNING_RATE,
 ) -> Curve:
-    """STEPS steps on `rows` rows each, clipped to 1.0, decay 0.1 on matrices only.
+    """STEPS steps, clipped to 1.0, decay 0.1 on matrices only.
 
     Below fp32: weights in that precision, masters and moments in fp32. The steps in `skipped`
     leave no trace but their loss.
     """
-    dtype = DTYPES[precision]
-    model = LlamaForCausalLM(LlamaConfig(**MODEL, use_cache=False)).to(dtype)
-    # Rotary frequencies are fp32 in the model that transformers loads, whatever its precision.
-    for module in model.modules():
-        if hasattr(module, "rope_init_fn"):
-            module.inv_freq = module.rope_init_fn(module.config, torch.device("cpu"))[0]
-    model.load_state_dict(weights)
-    scale = FP16_SCALE if precision == "fp16" else 1.0
+    scale = FP16_SCALE if model.dtype == torch.float16 else 1.0
     masters = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
     optimizer = torch.optim.AdamW(
         [
@@ -127,14 +156,7 @@ def train(
     )
     curve = Curve()
     for step in range(1, STEPS + 1):
-        inputs: dict[str, Tensor] = {}
-        if with_documents:
-            ids, labels, documents = packed_batch(step, rows)
-            inputs = document_inputs(documents, dtype)
-        else:
-            ids, labels = batch(step, rows)
-        logits = model(input_ids=ids, **inputs).logits
-        loss = loss_sum(logits, labels) / num_labels(labels)
+        loss = loss_of(model, step)
         curve.losses.append(loss.item())
         if step in skipped:
             curve.norms.append(None)
@@ -145,7 +167,7 @@ def train(
             weight.grad = None
         curve.norms.append(torch.nn.utils.clip_grad_norm_(masters, 1.0).item())
         for group in optimizer.param_groups:
-            group["lr"] = rate(step)
+            group["lr"] = rate(step, peak)
         optimizer.step()
         with torch.no_grad():
             for master, weight in zip(masters, model.parameters(), strict=True):

@@ -17,15 +17,19 @@ pytestmark = pytest.mark.distributed
     "job",
     job_params(
         "truth",
-        quick="zero2_documents/fp32 gemini_documents/fp32 tp2_documents/fp32",
+        quick="zero2_documents/fp32 gemini_documents/fp32 tp2_documents/fp32 pp2_documents/fp32",
         full="zero2_accumulate_documents/fp32 zero2_cpu_documents/fp32"
         " gemini_accumulate_documents/fp32 gemini_offload_all_documents/fp32"
         " gemini_auto_documents/fp32 hybrid_zero0_documents/fp32 tp2_accumulate_documents/fp32"
         " zero2_documents/bf16 zero2_cpu_documents/bf16 gemini_documents/bf16"
         " gemini_auto_documents/bf16 gemini_offload_all_documents/bf16 hybrid_zero1_documents/bf16"
         " tp2_documents/bf16 zero2_documents/fp16 gemini_documents/fp16"
+        " pp2_accumulate_documents/fp32 pp2_microbatch2_documents/fp32 pp2_documents/bf16"
+        " zero2_mistral_documents/fp32 gemini_mistral_documents/fp32"
+        " gemini_mistral_documents/bf16"
+        " hybrid_zero1_mistral_documents/bf16"
         # four processes
-        " dp2_tp2_zero1_documents/bf16",
+        " dp2_tp2_zero1_documents/bf16 tp2_pp2_documents/fp32 dp2_pp2_zero1_documents/bf16",
     ),
 )
 def test_equals_a_plain_loop_with_a_mask_over_pairs(report: Job, job: str) -> None:
@@ -44,7 +48,7 @@ def test_equals_a_plain_loop_with_a_mask_over_pairs(report: Job, job: str) -> No
         pytest.param(jobs[0], jobs[1], marks=pytest.mark.needs(*jobs))
         for jobs in (
             (f"truth/{layout}_recompute_documents/fp32", f"truth/{layout}_documents/fp32")
-            for layout in ("zero2", "gemini", "tp2")
+            for layout in ("zero2", "gemini", "tp2", "pp2")
         )
     ],
 )
@@ -55,10 +59,12 @@ def test_recomputation_sees_the_same_documents(report: Job, recomputing: str, pl
 
 ISOLATION = job_params(
     "isolation",
-    quick="zero2_documents/fp32 gemini_documents/fp32 tp2_documents/fp32",
+    quick="zero2_documents/fp32 gemini_documents/fp32 tp2_documents/fp32 pp2_documents/fp32",
     full="zero2_cpu_documents/fp32 gemini_auto_documents/fp32 gemini_recompute_documents/fp32"
     " hybrid_zero0_documents/fp32 zero2_accumulate_documents/fp32 zero2_documents/bf16"
-    " gemini_documents/bf16 hybrid_zero1_documents/bf16 tp2_documents/bf16 gemini_documents/fp16",
+    " gemini_documents/bf16 hybrid_zero1_documents/bf16 tp2_documents/bf16 gemini_documents/fp16"
+    " pp2_documents/bf16 pp2_microbatch2_documents/fp32 tp2_pp2_documents/fp32"
+    " zero2_mistral_documents/fp32 gemini_mistral_documents/fp32",
 )
 
 

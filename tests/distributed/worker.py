@@ -20,7 +20,21 @@ def main() -> None:
     start_process_group(seed=1)
     import torch.distributed as dist
 
-    from tests.distributed.checks import CHECKS
+    from tests.distributed import (
+        checks,
+        finetune_checks,
+        loading_checks,
+        lora_checks,
+        samples_checks,
+    )
+
+    known = (
+        checks.CHECKS
+        | finetune_checks.CHECKS
+        | lora_checks.CHECKS
+        | loading_checks.CHECKS
+        | samples_checks.CHECKS
+    )
 
     folder = Path(sys.argv[1])
     for job in sys.argv[2:]:
@@ -29,7 +43,7 @@ def main() -> None:
         line: dict[str, Any] = {"job": job}
         try:
             own_folder = folder / job.replace("/", "-").replace(">", "-")
-            line["report"] = CHECKS[check](layout, precision, own_folder)
+            line["report"] = known[check](layout, precision, own_folder)
         except Exception:  # every rank meets it, or the launcher's time limit ends the others
             line["error"] = traceback.format_exc()
         line["seconds"] = time.perf_counter() - begin

@@ -1,0 +1,24 @@
+"""What pretrain.py and finetune.py do: read the options, check them, train.
+
+Invariant: nothing heavy is imported before the options are known to be right.
+"""
+
+
+def main(script: str, argv: list[str]) -> int:
+    """Run a training script on its command line; returns the exit code."""
+    from llama_lib.config import parse_options
+
+    options = parse_options(script, argv)
+
+    from llama_lib.launch import rank
+    from llama_lib.preflight import preflight
+
+    run = preflight(options)
+    if options.report.dry_run:
+        if rank() == 0:
+            print("\n".join(run.notes + run.describe()))
+        return 0
+
+    from llama_lib.run import train
+
+    return train(run)
