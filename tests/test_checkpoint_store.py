@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import GenerationConfig
 
 from llama_lib import host
 from llama_lib.errors import RunError, UserError
@@ -69,6 +70,8 @@ def test_a_checkpoint_holds_everything_and_verifies(save):
     on_disk = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
     assert set(manifest.Manifest.read(path).files) == on_disk - {MANIFEST}
     assert {"model/config.json", "model/generation_config.json"} <= on_disk
+    # Generation once ran without the cache of keys and values: training's setting was saved.
+    assert GenerationConfig.from_pretrained(path / "model").use_cache
     assert {"lr_scheduler.json", "trainer_state.json"} <= on_disk
     assert not [name for name in on_disk if name.endswith((".bin", ".pt", ".pkl"))]
 

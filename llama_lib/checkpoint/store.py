@@ -307,6 +307,8 @@ def _write_serving_files(
 ) -> None:
     """The tokenizer with its chat template, and where generation begins and ends."""
     generation = engine.module.generation_config
+    # Training goes without the cache of keys and values; without it serving takes hours.
+    generation.use_cache = True
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
         generation.eos_token_id = tokenizer.eos_token_id
