@@ -125,6 +125,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         unk_token=_UNKNOWN,
         pad_token=_UNKNOWN,
         clean_up_tokenization_spaces=False,
+        # Llama models take no token_type_ids.
+        model_input_names=["input_ids", "attention_mask"],
     )
     return trained
 
