@@ -331,7 +331,9 @@ def local_model(name: str, cache_dir: str) -> Path:
     try:
         with once(Path(cache_dir).expanduser(), f"model {name}", "download"):
             return Path(
-                snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*"])
+                snapshot_download(
+                    name, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+                )
             )
     except (OSError, ValueError) as error:
         raise UserError(
