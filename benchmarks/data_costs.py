@@ -17,7 +17,6 @@ import os
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,11 +28,13 @@ import numpy as np
 
 from benchmarks.measure import (
     ROOT,
+    add_output_flags,
     command_line,
     measure,
     memory_of,
+    read_records,
+    run_benchmark,
     surroundings,
-    write_result,
 )
 from benchmarks.prepare import parse_size, write_text
 from llama_lib.data.entries import parse_entries
@@ -60,15 +61,7 @@ _GLOBAL_BATCH = 32
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = _arguments(argv)
-    work = Path(tempfile.mkdtemp(prefix="data-costs-", dir=arguments.work_dir))
-    try:
-        result = run(arguments, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    write_result(arguments.result, result)
-    print(table(result))
-    print(f"written to {arguments.result}")
+    run_benchmark(_arguments(argv), "data-costs-", run, table)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,8 +74,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max_length", type=int, default=2048, help="ids of a row, without training (2048)")
     add("--steps", type=int, default=200, help="of each training run (200)")
     add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
-    add("--work_dir", help="folder for temporary files (the system's)")
-    add("--result", type=Path, default=RESULT, help=f"({RESULT.relative_to(ROOT)})")
+    add_output_flags(parser, RESULT)
     return parser.parse_args(argv)
 
 
@@ -247,9 +239,9 @@ def measure_training(variant: str, steps: int, work: Path) -> dict[str, Any]:
     command += ["-o", str(folder), "-t", str(folder / "logs"), "--save_interval", str(steps)]
     command += ["--cache_dir", str(work / "cache"), *VARIANTS[variant]]
     measure(command, work / "log")
-    lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
+    metrics = read_records(folder / "logs" / "metrics.jsonl")
     shutil.rmtree(folder)
-    return {"variant": variant, "steps": steps} | wait_of([json.loads(line) for line in lines])
+    return {"variant": variant, "steps": steps} | wait_of(metrics)
 
 
 def wait_of(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:

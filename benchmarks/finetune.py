@@ -19,7 +19,6 @@ import re
 import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,12 @@ from typing import Any
 from benchmarks.completions import score
 from benchmarks.measure import (
     ROOT,
+    add_output_flags,
     command_line,
     measure,
+    read_records,
+    run_benchmark,
     surroundings,
-    write_result,
 )
 from llama_lib.inference import model_folder
 
@@ -57,15 +58,7 @@ _PADDED = re.compile(r"^ *([\d,]+) rows of \d+ with one conversation", re.M)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = _arguments(argv)
-    work = Path(tempfile.mkdtemp(prefix="finetune-benchmark-", dir=arguments.work_dir))
-    try:
-        result = run(arguments, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    write_result(arguments.result, result)
-    print(table(result))
-    print(f"written to {arguments.result}")
+    run_benchmark(_arguments(argv), "finetune-benchmark-", run, table)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -82,8 +75,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--conversations", type=int, default=480, help="of each timed run (480)")
     add("--compared", type=int, default=64, help="conversations whose loss is compared (64)")
     add("--repeats", type=int, default=3, help="timed runs of each kind (3)")
-    add("--work_dir", help="folder for temporary files (the system's)")
-    add("--result", type=Path, default=RESULT, help=f"({RESULT.relative_to(ROOT)})")
+    add_output_flags(parser, RESULT)
     arguments = parser.parse_args(argv)
     for name in ("train.jsonl", "test.jsonl"):
         if not (arguments.data / name).is_file():
@@ -153,7 +145,7 @@ class Run:
     seconds: float
 
     def records(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "logs" / name).read_text().splitlines()]
+        return read_records(self.folder / "logs" / name)
 
     @property
     def data(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ process to the end of its last one; a command that fails raises and is never a r
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -14,9 +15,10 @@ import resource
 import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,34 @@ def command_line(module: str) -> str:
 
 def as_record(measured: Measured) -> dict[str, Any]:
     return asdict(measured)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """What a run wrote to one of its .jsonl files."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def add_output_flags(parser: argparse.ArgumentParser, result: Path) -> None:
+    """--work_dir and --result, for `run_benchmark`."""
+    parser.add_argument("--work_dir", help="folder for temporary files (the system's)")
+    shown = result.relative_to(ROOT)
+    parser.add_argument("--result", type=Path, default=result, help=f"({shown})")
+
+
+def run_benchmark(
+    arguments: argparse.Namespace,
+    prefix: str,
+    run: Callable[[argparse.Namespace, Path], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """Run a benchmark in a temporary folder; write and show its result."""
+    with tempfile.TemporaryDirectory(
+        prefix=prefix, dir=arguments.work_dir, ignore_cleanup_errors=True
+    ) as work:
+        result = run(arguments, Path(work))
+    write_result(arguments.result, result)
+    print(table(result))
+    print(f"written to {arguments.result}")
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

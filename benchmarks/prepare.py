@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from benchmarks.measure import (
     ROOT,
+    add_output_flags,
     as_record,
     command_line,
     measure,
@@ -76,8 +77,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--repeats", type=int, help="runs of each (5 up to 20m, 3 up to 200m, else 1)")
     add("--block_size", type=int, default=2048, help="tokens of the usual way's blocks (2048)")
     add("--text", nargs="+", default=[_default_text()], help="text to draw documents from")
-    add("--work_dir", help="folder for temporary files (the system's)")
-    add("--result", type=Path, default=RESULT, help=f"({RESULT.relative_to(ROOT)})")
+    add_output_flags(parser, RESULT)
     return parser.parse_args(argv)
 
 

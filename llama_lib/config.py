@@ -107,8 +107,8 @@ class ModelOptions:
 class DataOptions:
     dataset: list[str] = option(  # noqa: RUF009
         ["togethercomputer/RedPajama-Data-1T-Sample"],
-        "what to train on: sample, files, folders, globs, prepared or Megatron token files, hub"
-        " names; NAME[N] takes N documents of it, NAME:0.7 a share of the tokens",
+        "what to train on: sample, files, folders, globs, hub names; pretrain.py also takes"
+        " prepared or Megatron token files; NAME[N] takes N of it, NAME:0.7 a share of the tokens",
         PATH,
         short="d",
         many=True,
@@ -228,7 +228,10 @@ class TrainingOptions:
         0.1, "decoupled weight decay, not on norms and biases", NOT_NEGATIVE, short="w"
     )
     warmup_steps: int = option(
-        2000, "optimizer steps of linear warm-up", integer(at_least=0), short="s"
+        2000,
+        "optimizer steps of linear warm-up (untyped in finetune.py: 3% of the steps)",
+        integer(at_least=0),
+        short="s",
     )
     gradient_clipping: float = option(
         1.0, "largest gradient norm of a step (0: not clipped)", NOT_NEGATIVE

@@ -62,6 +62,18 @@ def model_flops_per_token(config: ModelShape, sequence: int) -> int:
     return 6 * matmul_parameters(config) + attention
 
 
+def lora_flops_per_token(config: ModelShape, sequence: int, num_adapter: int) -> int:
+    """4*N_mm + 6*N_adapter + 12*L*heads*head_dim*s: no gradients of the frozen weights.
+
+    The inputs of the first layer count as if they needed gradients, as those of all others do.
+
+    Args:
+        num_adapter: N_adapter, parameters of all adapters.
+    """
+    frozen = 2 * matmul_parameters(config)
+    return model_flops_per_token(config, sequence) - frozen + 6 * num_adapter
+
+
 def causal_flops_per_token(config: ModelShape, sequence: int) -> int:
     """As `model_flops_per_token` with half of the attention, the part a causal mask leaves."""
     attention = 3 * config.num_hidden_layers * _forward_attention(config, sequence)

@@ -157,8 +157,6 @@ class Conversation:
 
     def prompt_ids(self, question: str) -> list[int]:
         """Ids of all that was said, the question, and what begins an answer."""
-        from jinja2 import TemplateError
-
         system = [] if self.system is None else [_turn("system", self.system)]
         try:
             return self.tokenizer.apply_chat_template(
@@ -167,9 +165,10 @@ class Conversation:
                 tokenize=True,
                 return_dict=False,
             )
-        except TemplateError as error:
+        except Exception as error:  # a template's code may raise anything
+            words = str(error) or type(error).__name__
             raise UserError(
-                f"{self.name}: its chat template refuses this conversation: {error}"
+                f"{self.name}: its chat template refuses this conversation: {words}"
             ) from None
 
     def ask(self, question: str, write: Callable[[str], Any]) -> str | None:

@@ -12,14 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llama_lib.checkpoint.manifest import check_load_argument, refuse_occupied, step_directories
+from llama_lib.checkpoint.manifest import (
+    check_load_argument,
+    refuse_occupied,
+    step_directories,
+)
 from llama_lib.checkpoint.tensors import open_weights
 from llama_lib.config import Options
-from llama_lib.data.once import once
 from llama_lib.data.tokenizer import vocabulary_size
 from llama_lib.data.training_data import TrainingData
 from llama_lib.errors import UserError
-from llama_lib.inference import ADAPTER, base_of, model_folder
 from llama_lib.launch import has_accelerator, network_problems, world_size
 from llama_lib.layout import BatchPlan, Layout, layout_of, layout_problems, plan_batches
 from llama_lib.lora import lora_problems
@@ -33,6 +35,7 @@ from llama_lib.run_data import (
     local_data_problems,
     open_data,
 )
+from llama_lib.starting_model import saved_script, starting_model
 from llama_lib.versions import check_versions
 
 # Share of warm-up of the upstream fine-tuning script.
@@ -123,13 +126,14 @@ def preflight(options: Options) -> Run:
         folder = starting_model(options)
         config = model_config(options.model.config if folder is None else str(folder))
         notes += _bend_defaults(options, config)
-        if folder is not None:
+        if folder is not None and options.model.model_path is not None:
+            # A checkpoint given to --load is verified as a whole when the run starts.
             problems += _weight_problems(folder, config)
         problems = _model_problems(options, config) + problems
     except UserError as error:
         problems = error.problems + problems
     if problems:
-        raise UserError(problems + local_data_problems(options))
+        raise UserError(list(dict.fromkeys(problems + local_data_problems(options))))
     if options.script == "finetune":
         assert folder is not None
         data, tokenizer, chat = open_chat(options, config, folder)
@@ -138,6 +142,9 @@ def preflight(options: Options) -> Run:
         data, tokenizer = open_data(options, config, folder)
         chat = None
     notes += ignored_data_settings(options, data.held_out)
+    if options.report.dry_run:
+        refused = _problems_of(_check_save_dir, options)
+        notes += [f"without --dry_run this is refused: {problem}" for problem in refused]
     if options.report.dry_run and (options.checkpoint.load or options.data.skip_steps):
         notes.append("this is the plan of a fresh run: --load and --skip_steps act when it starts")
     layout = layout_of(options, world_size())
@@ -150,37 +157,6 @@ def preflight(options: Options) -> Run:
         notes += line
     _set_attention(options, config)
     return Run(options, config, layout, plan, data, tokenizer, folder, chat, notes)
-
-
-def starting_model(options: Options) -> Path | None:
-    """The folder whose weights, or with --load whose shape and tokenizer, the run has.
-
-    None: a new model (pretrain.py without --model_path).
-    """
-    source, load = options.model.model_path, options.checkpoint.load
-    if source is not None:
-        return local_model(source, options.data.cache_dir)
-    if options.script != "finetune":
-        return None
-    if load == "auto":
-        saved = step_directories(options.checkpoint.save_dir)
-        if not saved:
-            raise UserError(
-                f"--load auto: there is no checkpoint in --save_dir {options.checkpoint.save_dir} "
-                "yet; name the model to start from with --model_path."
-            )
-        load = str(saved[0])
-    if load is None:
-        raise UserError(
-            "fine-tuning starts from a model: give --model_path FOLDER (a Hugging Face folder, a "
-            "hub id or a checkpoint of pretrain.py), or --load to continue a run."
-        )
-    adapter = Path(load) / ADAPTER
-    if adapter.is_dir():
-        # The adapters know which model they belong to.
-        options.model.model_path = base_of(adapter)
-        return local_model(options.model.model_path, options.data.cache_dir)
-    return model_folder(load)
 
 
 def _short_warmup(options: Options, plan: BatchPlan) -> tuple[BatchPlan, list[str]]:
@@ -276,7 +252,9 @@ def _setting_problems(options: Options) -> list[str]:
         problems += chat_option_problems(options)
     problems += _folder_problems(options)
     problems += _problems_of(_check_load, options)
-    return problems + _problems_of(_check_save_dir, options)
+    if not options.report.dry_run:
+        problems += _problems_of(_check_save_dir, options)
+    return problems
 
 
 def _problems_of(check: Callable[..., Any], *args: Any) -> list[str]:
@@ -293,8 +271,18 @@ def _check_load(options: Options) -> None:
 
 
 def _check_save_dir(options: Options) -> None:
-    if not options.report.dry_run:
-        refuse_occupied(options.checkpoint.save_dir, options.checkpoint.load)
+    checkpoint = options.checkpoint
+    try:
+        refuse_occupied(checkpoint.save_dir, checkpoint.load)
+    except UserError as error:
+        newest = step_directories(checkpoint.save_dir)[0]
+        script = saved_script(newest)
+        if script in (None, options.script):
+            raise
+        raise UserError(
+            f"--save_dir {checkpoint.save_dir} holds checkpoints of {script}.py; choose another "
+            "one, as in -o other."
+        ) from error
 
 
 def _folder_problems(options: Options) -> list[str]:
@@ -317,29 +305,6 @@ def _folder_problems(options: Options) -> list[str]:
                 f"{flag} {folder} cannot be written to ({error.strerror}); choose another folder."
             )
     return problems
-
-
-def local_model(name: str, cache_dir: str) -> Path:
-    """The Hugging Face folder of a path, checkpoint or hub id; one process per host downloads."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return model_folder(name)
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"--model_path {name}: no such folder.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        with once(Path(cache_dir).expanduser(), f"model {name}", "download"):
-            return Path(
-                snapshot_download(
-                    name, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
-                )
-            )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--model_path {name}: not a folder here, and the hub gives no such model "
-            f"({str(error).splitlines()[0]})."
-        ) from None
 
 
 def _set_attention(options: Options, config: Any) -> None:

@@ -31,6 +31,9 @@ from llama_lib.lora import lora_problems
 from llama_lib.run_data import is_chosen
 from llama_lib.samples import prompt_problems, read_prompts
 
+# Held-out conversations below which their loss says little; chosen.
+FEW = 10
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -42,7 +45,7 @@ class Chat:
         new_rows: rows of the embedding for tokens that the template brought; None without any.
         prompts: what the model is asked at --sample_interval.
         notes: what was decided for the user, one line each.
-        lines: the template and its tokens, for the log.
+        ends: the end tokens as text; `added`: tokens that the template brought.
     """
 
     template: str
@@ -50,7 +53,17 @@ class Chat:
     new_rows: NewRows | None = None
     prompts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[str]:
+        """The template and its tokens, for the log."""
+        lines = [f"chat template {self.template}: answers end with {', '.join(self.ends)}"]
+        if self.added:
+            added = ", ".join(self.added)
+            lines.append(f"  {added} are new: their embeddings start as the mean of all others")
+        return lines
 
 
 def chat_option_problems(options: Options) -> list[str]:
@@ -115,11 +128,6 @@ def open_chat(options: Options, config: Any, folder: Path) -> tuple[TrainingData
         other_role_weight=data.other_role_weight,
         packing=not data.no_packing,
     )
-    ends = ", ".join(tokenizer.convert_ids_to_tokens(template.end_token_ids))
-    lines = [f"chat template {choice.name}: answers end with {ends}"]
-    if choice.added_tokens:
-        added = ", ".join(choice.added_tokens)
-        lines.append(f"  {added} are new: their embeddings start as the mean of all others")
     notes = []
     if options.model.chat_template is None:
         notes.append(f"--chat_template is {choice.name}: {choice.note}")
@@ -129,8 +137,20 @@ def open_chat(options: Options, config: Any, folder: Path) -> tuple[TrainingData
         notes.append(template.note)
     if options.data.loss_role == "all" and options.data.other_role_weight:
         notes.append("--other_role_weight is ignored: --loss_role all leaves no other role")
-    chat = Chat(choice.name, template.end_token_ids, rows, prompts, notes, lines)
-    return chat_data(request), tokenizer, chat
+    if not options.model.lora_rank:
+        names = ("lora_alpha", "lora_targets")
+        notes += [f"--{n} is ignored without --lora_rank" for n in names if is_chosen(options, n)]
+    conversations = chat_data(request)
+    held_out = conversations.held_out
+    if held_out is not None and held_out.num_conversations < FEW:
+        notes.append(
+            f"only {held_out.num_conversations} conversation(s) are held out: their loss says "
+            "little; raise --eval_ratio or give --eval_data"
+        )
+    ends = tokenizer.convert_ids_to_tokens(template.end_token_ids)
+    added = choice.added_tokens
+    chat = Chat(choice.name, template.end_token_ids, rows, prompts, notes, ends, added)
+    return conversations, tokenizer, chat
 
 
 def _names(options: Options) -> list[str]:

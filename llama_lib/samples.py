@@ -28,6 +28,10 @@ PROMPT_TOKENS = 8
 TEMPERATURE = 0.8
 ANSWER_TOKENS = 128  # one forward pass each; chosen
 
+# What names a file, there or not; those of records are no texts of prompts.
+_RECORDS = (".jsonl", ".json")
+_SUFFIXES = (".txt", ".md", *_RECORDS)
+
 # Rows are made longer in steps of this: few shapes for the allocator, little padding. Chosen.
 _ROW_MULTIPLE = 64
 
@@ -57,7 +61,14 @@ def read_prompts(given: Sequence[str]) -> list[str]:
     """
     prompts, problems = [], []
     for word in given:
+        suffix = os.path.splitext(word)[1]
         if os.path.isfile(os.path.expanduser(word)):
+            if suffix in _RECORDS:
+                problems.append(
+                    f"--sample_prompts {word} holds records: expected a text file with one prompt "
+                    "on each line."
+                )
+                continue
             try:
                 lines = Path(word).expanduser().read_text("utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
@@ -69,8 +80,11 @@ def read_prompts(given: Sequence[str]) -> list[str]:
                     f"--sample_prompts {word} has no prompt: expected one on each line."
                 )
             prompts += found
-        elif word.endswith(".txt") and len(word.split()) == 1:
-            problems.append(f"--sample_prompts {word}: there is no such file.")
+        elif (suffix in _SUFFIXES or "/" in word) and len(word.split()) == 1:
+            problems.append(
+                f"--sample_prompts {word}: there is no such file. A prompt that is one word with "
+                "a slash is put into a file."
+            )
         elif not word.strip():
             problems.append("--sample_prompts: got an empty prompt, expected a text or a file.")
         else:

@@ -12,9 +12,9 @@ from llama_lib.config import Options, parse_options, script_of
 from llama_lib.data.training_data import Passage, TrainingData
 from llama_lib.errors import UserError
 from llama_lib.models import model_config
-from llama_lib.preflight import starting_model
 from llama_lib.run_chat import open_chat
 from llama_lib.run_data import open_data
+from llama_lib.starting_model import starting_model
 
 
 def passages_of_step(save_dir: str, step: int) -> list[tuple[int, list[Passage]]]:
@@ -63,7 +63,7 @@ def _options(save_dir: str) -> Options:
 def show_step(save_dir: str, step: int) -> None:
     """Print the rows of a step, one line for every passage."""
     rows = passages_of_step(save_dir, step)
-    streamed = _options(save_dir).data.streaming
+    options = _options(save_dir)
     print(f"step {step} of {save_dir}: {len(rows)} rows")
     saved = step_directories(save_dir)
     if not saved or step > int(saved[0].name.removeprefix("step-")):
@@ -72,7 +72,9 @@ def show_step(save_dir: str, step: int) -> None:
         print(f"row {sample}")
         for part in passages:
             tokens = f"tokens {part.start} to {part.start + part.length - 1}"
-            if streamed:
+            if options.script == "finetune":
+                print(f"  {part.file} {part.number}: {part.length} tokens")
+            elif options.data.streaming:
                 print(f"  {part.source}: record {part.number} of {part.file}, {tokens}")
             else:
                 # The number that `inspect PREPARED/SOURCE --document` takes.

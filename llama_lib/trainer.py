@@ -4,12 +4,9 @@ Invariant: after step k the run has consumed exactly the samples before its posi
 order, and stopping there and resuming changes no later number.
 """
 
-import contextlib
 import logging
 import math
 import resource
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +26,7 @@ from llama_lib.layout import BatchPlan
 from llama_lib.ledger import LedgerWriter, consumption, tokens_by_source
 from llama_lib.metrics import Console, MetricsSink, StepRecord, final_line
 from llama_lib.optim import learning_rate, set_learning_rate
+from llama_lib.profile import profiled
 from llama_lib.run_chat import Chat
 from llama_lib.samples import answers, sample_text
 from llama_lib.timing import Stopwatch
@@ -79,6 +77,11 @@ class Trainer:
         self.console = Console(plan.num_steps, state.step, self.is_main)
         self.sink = MetricsSink(options.report.tensorboard_dir, state.step + 1, self.is_main)
         self.flops_per_token = flops.model_flops_per_token(engine.config, plan.max_length)
+        if options.model.lora_rank:
+            adapters = sum(map(math.prod, engine.trained.values()))
+            self.flops_per_token = flops.lora_flops_per_token(
+                engine.config, plan.max_length, adapters
+            )
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -96,11 +99,11 @@ class Trainer:
         self.watch = Stopwatch(self.engine.device)
         batches = self.loader.steps(self.state.step, self.plan.num_steps)
         try:
-            with self._profiler() as profiler:
+            with profiled(self.options, self.state.step, self.say) as step_is_done:
                 for rows in batches:
                     requests.ask()
                     self.train_step(rows)
-                    profiler()
+                    step_is_done()
                     request = requests.answer()
                     self.after_step(request)
                     if request.leave:
@@ -166,6 +169,11 @@ class Trainer:
     def after_step(self, request: Request) -> None:
         """Evaluate, sample and save where the step or a request asks for it."""
         step, last = self.state.step, self.state.step == self.plan.num_steps
+        if request.leave:
+            # Whoever asks a run to end may kill it within seconds: nothing comes before the save.
+            with self.watch.paused():
+                self._save(must_succeed=True)
+            return
         saves = request.save or last or step % self.options.checkpoint.save_interval == 0
         if self._is_measured(step, last, saves):
             with self.watch.paused():
@@ -175,7 +183,7 @@ class Trainer:
                 self._show_samples(step)
         if saves:
             with self.watch.paused():
-                self._save(must_succeed=last or request.leave)
+                self._save(must_succeed=last)
 
     def _is_sampled(self, step: int, last: bool) -> bool:
         interval = self.options.report.sample_interval
@@ -333,9 +341,14 @@ class Trainer:
         if self.chat is None or self.measured is None or self.measured[0] != self.state.step:
             return best
         loss = self.measured[1]
-        if best is not None and loss >= best["loss"]:
+        if not math.isfinite(loss) or (best is not None and loss >= best["loss"]):
             return best
-        return {"step": self.state.step, "loss": loss}
+        return {"step": self.state.step, "loss": loss, "rows": self._measured_rows}
+
+    @property
+    def _measured_rows(self) -> int:
+        """Rows of each source that are measured at most: losses of others are not comparable."""
+        return self.options.report.eval_steps * self.plan.global_batch
 
     def _save(self, must_succeed: bool) -> None:
         if self.saved_step == self.state.step:
@@ -380,35 +393,6 @@ class Trainer:
             "last_step": self.state.step,
         }
 
-    @contextlib.contextmanager
-    def _profiler(self) -> Iterator[Any]:
-        """Yields what to call after every step; traces START..STOP-1 into save_dir/profile."""
-        if self.options.report.profile is None:
-            yield lambda: None
-            return
-        start, stop = (int(part) for part in self.options.report.profile.split(":"))
-        if start <= self.state.step:
-            self.say(f"--profile {start}:{stop} lies before this run's first step: not profiled")
-            yield lambda: None
-            return
-        folder = Path(self.options.checkpoint.save_dir) / "profile"
-
-        def write(profile: Any) -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"rank-{dist.get_rank():05d}.json"
-            profile.export_chrome_trace(str(path))
-            self.say(f"trace of steps {start} to {stop - 1}: {path}")
-
-        # Steps count from 1: the profiler waits for those before START, of which one warms it up.
-        quiet = start - 1 - self.state.step
-        with torch.profiler.profile(
-            schedule=torch.profiler.schedule(
-                wait=max(0, quiet - 1), warmup=min(1, quiet), active=stop - start, repeat=1
-            ),
-            on_trace_ready=write,
-        ) as profile:
-            yield profile.step
-
     def _finish(self, request: Request) -> None:
         save_dir = self.options.checkpoint.save_dir
         self.memory_mb = max(self.memory_mb, self._peak_memory_mb())
@@ -430,11 +414,14 @@ class Trainer:
         self.say("next:")
         self.say("  resume      the same command with --load auto")
         self.say(f"  curves      tensorboard --logdir {self.options.report.tensorboard_dir}")
+        best = None
         if self.state.best is not None:
             best = store.step_directory(save_dir, self.state.best["step"])
             self.say(f"  best        {best} (held-out loss {self.state.best['loss']:.4f})")
-        how = "--chat" if self.chat else "--prompt 'Once'"
-        self.say(f"  try it      python -m llama_lib generate {newest} {how}")
+        how, served = "--prompt 'Once'", newest
+        if self.chat is not None:
+            how, served = "--chat", best or newest
+        self.say(f"  try it      python -m llama_lib generate {served} {how}")
         self.say(final_line(self.memory_mb, rate, tflops))
 
     def say(self, text: str) -> None:

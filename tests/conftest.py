@@ -61,6 +61,17 @@ def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process alone."""
+    import torch.distributed as dist
+
+    rendezvous = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
+    dist.init_process_group("gloo", store=rendezvous, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @dataclass
 class Ending:
     """How one test ended; `seconds` includes its fixtures."""

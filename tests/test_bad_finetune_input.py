@@ -8,10 +8,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import finetune
-from llama_lib.cli import run_command
 from llama_lib.data.chat.templates import TEMPLATES
 from llama_lib.data.tokenizer import save_tokenizer, train_tokenizer
-from tests.test_bad_input import Attempt, Command, Ended, everything_in, missing_from
+from tests.refused import Attempt, Command, attempt_of, command_of, everything_in, missing_from
 
 CHAT = [{"role": "user", "content": "say cat"}, {"role": "assistant", "content": "the cat"}]
 GOOD = json.dumps({"messages": CHAT})
@@ -45,11 +44,8 @@ def command(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Command:
-    """`command(*argv, processes=1)`: finetune.py in this process, with a right value for every
-    flag that `argv` leaves out; a flag with the value "" is left out altogether."""
+    """finetune.py, with right values for what is left out."""
     monkeypatch.chdir(tmp_path)
-    # A mistake that is not found fails its test at once, not after a training run.
-    monkeypatch.setattr("llama_lib.run.train", lambda run: 0)
     right = {
         "--model_path": f"{base / 'model'}",
         "-l": "48",
@@ -57,31 +53,13 @@ def command(
         "--cache_dir": "cache",
         "--workers": "1",
     }
-
-    def command(*argv: str, processes: int = 1) -> Ended:
-        monkeypatch.setenv("WORLD_SIZE", str(processes))
-        absent = {argv[i] for i in range(len(argv) - 1) if argv[i + 1] == ""}
-        others = [word for pair in right.items() if pair[0] not in argv for word in pair]
-        given = [w for i, w in enumerate(argv) if w and (w not in absent)]
-        code = run_command(finetune.main, [*others, *given])
-        return Ended(code, *capsys.readouterr())
-
-    return command
+    return command_of(finetune.main, right, capsys, monkeypatch)
 
 
 @pytest.fixture
 def attempt(command: Command, tmp_path: Path) -> Attempt:
     """The message of a command that has to be refused."""
-
-    def attempt(*argv: str, processes: int = 1) -> str:
-        before = everything_in(tmp_path)
-        ended = command(*argv, processes=processes)
-        assert (ended.code, ended.out) == (2, ""), (ended.out, ended.err)
-        assert "Traceback" not in ended.err
-        assert everything_in(tmp_path) == before
-        return ended.err
-
-    return attempt
+    return attempt_of(command, tmp_path)
 
 
 def test_without_a_mistake_the_same_command_is_accepted(command, tmp_path):
@@ -281,6 +259,48 @@ def test_all_mistakes_are_shown_together(attempt, tmp_path):
     message = attempt("-l", "65", *data, *LORA, "-p", "gemini")
     parts = ["--max_length 65", "missing.jsonl", "tokens is a prepared dataset", "--lora_rank"]
     assert missing_from(message, *parts) == []
+
+
+def test_a_dry_run_says_what_the_run_would_refuse(command, tmp_path):
+    """It passed, and the run was refused: --save_dir is by default that of pretraining."""
+    saved = tmp_path / "checkpoint" / "step-00000001"
+    saved.mkdir(parents=True)
+    state = {"options": {"data": {"packing": "concat", "streaming": False}}}
+    (saved / "trainer_state.json").write_text(json.dumps(state))
+    ended = command("--dry_run")
+    assert ended.code == 0, ended.err
+    words = "--save_dir checkpoint holds checkpoints of pretrain.py; choose another one"
+    assert f"without --dry_run this is refused: {words}" in ended.out
+    refused = command()
+    assert refused.code == 2 and words in refused.err
+
+
+def test_warm_up_is_a_part_of_the_run(command):
+    ended = command("--dry_run", "-e", "20")  # 20 rows, two a step
+    assert "200 steps" in ended.out and "--warmup_steps is 6: 3% of the steps" in ended.out
+    assert "warm-up 6 steps = 3% of the run" in ended.out
+    typed = command("--dry_run", "-e", "20", "-s", "9")
+    assert "warm-up 9 steps" in typed.out and "--warmup_steps is" not in typed.out
+
+
+def test_a_prompt_longer_than_a_row(attempt):
+    message = attempt("--sample_prompts", "the cat " * 50)
+    assert missing_from(message, "--sample_prompts", "tokens", "--max_length 48") == []
+
+
+def test_few_held_out_conversations_are_pointed_out(command, tmp_path):
+    chats = [turns(("user", f"say {i}"), ("assistant", "cat")) for i in range(30)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(chats))
+    few = command("-d", "chats.jsonl", "--dry_run", "--eval_ratio", "0.01")
+    assert few.code == 0 and "conversation(s) are held out: their loss says" in few.out
+    many = command("-d", "chats.jsonl", "--dry_run", "--eval_ratio", "0.8")
+    assert many.code == 0 and "conversation(s) are held out" not in many.out
+
+
+def test_settings_of_adapters_without_adapters(command):
+    ended = command("--lora_alpha", "64", "--lora_targets", "q_proj", "--dry_run")
+    parts = ["--lora_alpha is ignored without --lora_rank", "--lora_targets is ignored"]
+    assert ended.code == 0 and missing_from(ended.out, *parts) == []
 
 
 def test_a_setting_without_effect_is_said(command):

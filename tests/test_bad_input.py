@@ -4,9 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,22 +12,12 @@ import torch
 import pretrain
 from llama_lib import preflight
 from llama_lib.checkpoint.manifest import MANIFEST
-from llama_lib.cli import run_command
 from llama_lib.config import PLUGINS, dump_yaml, parse_options
 from llama_lib.data.tokenizer import save_tokenizer, train_tokenizer
 from llama_lib.models import MODELS, model_config
+from tests.refused import Attempt, Command, attempt_of, command_of, everything_in, missing_from
 
 ROOT = Path(__file__).parents[1]
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Ended]
-Attempt = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
@@ -49,11 +37,8 @@ def command(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Command:
-    """`command(*argv, processes=1)`: pretrain.py in this process, with a right value for every
-    flag that `argv` leaves out."""
+    """pretrain.py, with right values for what is left out."""
     monkeypatch.chdir(tmp_path)
-    # A mistake that is not found fails its test at once, not after a training run.
-    monkeypatch.setattr("llama_lib.run.train", lambda run: 0)
     right = {
         "-c": "tiny",
         "-l": "32",
@@ -61,45 +46,13 @@ def command(
         "--tokenizer": f"{words / 'small'}",
         "--cache_dir": "cache",
     }
-
-    def command(*argv: str, processes: int = 1) -> Ended:
-        monkeypatch.setenv("WORLD_SIZE", str(processes))
-        others = [word for pair in right.items() if pair[0] not in argv for word in pair]
-        code = run_command(pretrain.main, [*others, *argv])
-        return Ended(code, *capsys.readouterr())
-
-    return command
+    return command_of(pretrain.main, right, capsys, monkeypatch)
 
 
 @pytest.fixture
 def attempt(command: Command, tmp_path: Path) -> Attempt:
     """The message of a command that has to be refused."""
-
-    def attempt(*argv: str, processes: int = 1) -> str:
-        before = everything_in(tmp_path)
-        ended = command(*argv, processes=processes)
-        assert (ended.code, ended.out) == (2, ""), ended.err
-        assert "Traceback" not in ended.err
-        assert everything_in(tmp_path) == before
-        assert not list(tmp_path.glob("cache/prepared/*"))
-        return ended.err
-
-    return attempt
-
-
-def everything_in(folder: Path) -> list[str]:
-    """All paths and sizes but those of the cache, where locks may stay."""
-    return sorted(
-        f"{path.relative_to(folder)} {path.stat().st_size if path.is_file() else ''}"
-        for path in folder.rglob("*")
-        if path.relative_to(folder).parts[0] != "cache"
-    )
-
-
-def missing_from(message: str, *parts: str) -> list[str]:
-    absent = [part for part in parts if part not in message]
-    assert not absent, message
-    return absent
+    return attempt_of(command, tmp_path)
 
 
 def test_without_a_mistake_the_same_command_is_accepted(command, tmp_path):

@@ -1,14 +1,14 @@
 """Saving and loading a real engine in this process: whole or not at all, and the same again."""
 
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import GenerationConfig
 
 from llama_lib import host
@@ -32,16 +32,11 @@ if torch.cuda.is_available():
     pytest.skip("tests/gpu has these on a GPU", allow_module_level=True)
 
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
 class Killed(BaseException):
     """Stands for kill -9: nothing may catch it and clean up."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory) -> Iterator[None]:
-    rendezvous = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
-    dist.init_process_group("gloo", store=rendezvous, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +184,37 @@ def test_the_best_checkpoint_is_kept_beside_the_last_and_named(engine, tmp_path)
     save(5, best=5)
     assert kept() == [5]
     assert best.read_text() == "step-00000005\n"
+
+
+@pytest.mark.parametrize("pointer", ["latest", "best"])
+def test_a_pointer_that_fails_is_a_warning_not_a_failed_save(
+    engine, tmp_path, monkeypatch, caplog, pointer
+):
+    """The finished checkpoint was reported as failed, and its step could not be saved again."""
+    real = manifest._point
+
+    def fail(target: Path, name: str) -> None:
+        if name == pointer:
+            raise OSError(28, "No space left on device")
+        real(target, name)
+
+    monkeypatch.setattr(manifest, "_point", fail)
+    monkeypatch.setattr(store.logger, "propagate", True)
+    state = store.TrainerState(1, 0, 0, 0, 42, {}, best={"step": 1, "loss": 1.0})
+    with caplog.at_level(logging.WARNING, "llama_lib"):
+        path = store.save(engine, state, None, str(tmp_path), None)
+    assert verify.checkpoint_problems(path) == []
+    assert newest_loadable(tmp_path) == path
+    other = {"latest": "best", "best": "latest"}[pointer]
+    assert (tmp_path / other).read_text() == f"{path.name}\n"
+    assert f"the file `{pointer}` could not be written: [Errno 28] No space left" in caplog.text
+
+
+def test_a_step_that_is_saved_already_is_no_warning(save):
+    path = save(1)
+    with pytest.raises(RunError, match="is there already"):
+        save(1)
+    assert verify.checkpoint_problems(path) == []
 
 
 def test_the_saved_model_stops_and_speaks_as_it_was_trained(engine, tmp_path):

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,7 +22,7 @@ host.install()
 
 from llama_lib.checkpoint import weights  # noqa: E402
 from llama_lib.checkpoint.resize import NewRows  # noqa: E402
-from llama_lib.checkpoint.tensors import open_weights  # noqa: E402
+from llama_lib.checkpoint.tensors import TensorReader, open_weights  # noqa: E402
 from llama_lib.checkpoint.weights import load_weights  # noqa: E402
 from llama_lib.data import progress  # noqa: E402
 from llama_lib.engine import Engine, build_model  # noqa: E402
@@ -33,15 +32,9 @@ from tests.distributed.checks import build, weight_hashes  # noqa: E402
 if torch.cuda.is_available():
     pytest.skip("tests/gpu has these on a GPU", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 FILE = "model.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory) -> Iterator[None]:
-    rendezvous = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
-    dist.init_process_group("gloo", store=rendezvous, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +143,21 @@ def test_smaller_tables_only_where_rows_are_to_be_added(saved):
         open_weights(saved, fewer, "--model_path", grows=True)
 
 
+@pytest.mark.parametrize(
+    ("flag", "remedy"),
+    [
+        ("--model_path", "give --model_path a folder whose weights belong to its config.json."),
+        ("--load", "Give the model the run started with."),
+    ],
+)
+def test_what_mends_weights_that_do_not_fit_is_something_the_command_has(saved, flag, remedy):
+    """It was --config, which finetune.py lacks and --model_path overrules."""
+    with pytest.raises(UserError) as raised:
+        open_weights(saved, shapes() | {"model.norm.weight": (65,)}, flag)
+    assert str(raised.value).startswith(f"{flag} {saved} does not fit the model: ")
+    assert str(raised.value).endswith(remedy) and "--config" not in str(raised.value)
+
+
 def test_spare_rows_of_the_tables_are_given_to_new_tokens(engine, saved):
     load_weights(engine, saved, "--model_path", new_rows=NewRows(range(490), [495]))
     for name, stored in load_file(saved / FILE).items():
@@ -157,6 +165,26 @@ def test_spare_rows_of_the_tables_are_given_to_new_tokens(engine, saved):
             stored[495] = stored[:490].double().mean(0)
         found = dict(engine.module.named_parameters())[name].data
         assert torch.equal(found, stored.half()), name
+
+
+def test_the_mean_of_a_table_is_computed_once(engine, saved, monkeypatch):
+    """It was for every copy of the table: filling, masters and two comparisons."""
+    averaged, asked = [], []
+    mean_row, tensor = weights.mean_row, TensorReader.tensor
+
+    def counted_mean(stored: torch.Tensor, old: Any) -> torch.Tensor:
+        averaged.append(stored)
+        return mean_row(stored, old)
+
+    def counted_tensor(reader: TensorReader, name: str) -> torch.Tensor:
+        asked.append(name)
+        return tensor(reader, name)
+
+    monkeypatch.setattr(weights, "mean_row", counted_mean)
+    monkeypatch.setattr(TensorReader, "tensor", counted_tensor)
+    load_weights(engine, saved, "--model_path", new_rows=NewRows(range(490), [495]))
+    assert asked.count("lm_head.weight") > 2
+    assert len(averaged) == 2, "the embedding's and the head's"
 
 
 def test_progress_is_a_line_now_and_then(engine, saved, monkeypatch, capsys):

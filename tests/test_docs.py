@@ -301,7 +301,8 @@ def test_the_python_of_a_page_runs(tmp_path, capsys, page):
     else:
         # A model without training answers anything; what it is asked is what counts.
         asked = names["tokenizer"].decode(names["inputs"]["input_ids"][0])
-        assert asked == "<s>[INST] Who are you? [/INST]" and printed.strip() != asked
+        assert asked == "<s>[INST] What does heapq.heappush do? [/INST]"
+        assert printed.strip() != asked
 
 
 def test_the_licence_is_apache_2():

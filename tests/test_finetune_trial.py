@@ -3,12 +3,14 @@
 Asked by plain transformers through the chat template, and by `llama_lib generate --chat`.
 """
 
+import itertools
 import json
+import random
 import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,7 +56,20 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def check_answers(folder: Path) -> None:
+def unseen_talks(count: int) -> Iterator[tuple[list[dict[str, str]], str]]:
+    """(turns up to the second question, its answer): that followed the first in no conversation."""
+    single, followed = {}, set()
+    for record in sample_conversations():
+        asked = [m["content"] for m in record["messages"] if m["role"] == "user"]
+        followed.update(itertools.pairwise(asked))
+        if len(asked) == 1:
+            single[asked[0]] = record["messages"]
+    unseen = [pair for pair in itertools.permutations(single, 2) if pair not in followed]
+    for first, second in random.Random(0).sample(unseen, count):
+        yield [*single[first], single[second][0]], single[second][1]["content"]
+
+
+def check_answers(folder: Path, asked: Iterable[tuple[list[dict[str, str]], str]]) -> None:
     """Plain transformers, as any server of Hugging Face models does it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,7 +80,7 @@ def check_answers(folder: Path) -> None:
     assert model.generation_config.use_cache
     ends = model.generation_config.eos_token_id
     different = []
-    for turns, answer in questions():
+    for turns, answer in asked:
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60
@@ -108,7 +123,7 @@ def test_make_pretrain_and_make_finetune_end_in_a_model_that_answers(tmp_path: P
         json.loads(line) for line in (tmp_path / spec["tensorboard_dir"] / "metrics.jsonl").open()
     ]
     assert records[-1]["loss"] < 0.05 < 1 < records[0]["loss"]
-    check_answers(newest / "model")
+    check_answers(newest / "model", itertools.chain(questions(), unseen_talks(12)))
 
     answers = {turns[0]["content"]: answer for turns, answer in questions() if len(turns) == 1}
     for prompt in spec["sample_prompts"]:

@@ -64,6 +64,24 @@ def test_hardware_flops_are_what_torch_counts(changes):
     assert without == flops.model_flops_per_token(shape, SEQUENCE)
 
 
+@pytest.mark.parametrize("changes", SHAPES)
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_lora_flops_are_what_torch_counts(changes, targets):
+    from peft import LoraConfig, get_peft_model
+
+    shape = config(**changes)
+    model = LlamaForCausalLM(shape)
+    # As for the inputs of every other layer; without, the first one does less than the formula.
+    model.enable_input_require_grads()
+    # peft puts the adapters into `model` itself.
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    trained = wrapped.get_nb_trainable_parameters()[0]
+    assert trained == sum(each.numel() for each in model.parameters() if each.requires_grad)
+    per_token = flops.lora_flops_per_token(shape, SEQUENCE, trained)
+    assert counted(model) == BATCH * SEQUENCE * per_token
+    assert per_token < flops.model_flops_per_token(shape, SEQUENCE)
+
+
 @pytest.mark.parametrize("changes", [*SHAPES, {"attention_bias": True}, {"mlp_bias": True}])
 def test_parameters_are_those_of_the_model(changes):
     shape = config(**changes)

@@ -264,6 +264,22 @@ def test_a_template_that_knows_no_system_turn(base_dir, tmp_path, capsys):
     assert "refuses this conversation: no system turns" in message
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("{{ 1 // 0 }}", "integer division or modulo by zero"),
+        ("{{ messages + 1 }}", "can only concatenate list"),
+        ("{{ messages.nothing.more }}", "has no attribute 'nothing'"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+    ],
+)
+def test_whatever_a_template_raises_is_told(base_dir, tmp_path, capsys, code, words):
+    folder = chat_model(base_dir, tmp_path / "model", code)
+    message = refused([str(folder), "--chat", "--prompt", "x"], capsys)
+    assert f"{folder}: its chat template refuses this conversation: " in message
+    assert words in message and "Traceback" not in message
+
+
 # -- adapters -----------------------------------------------------------------------------------
 
 

@@ -2,13 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from llama_lib import host
 from llama_lib.errors import UserError
@@ -16,6 +14,7 @@ from llama_lib.errors import UserError
 host.install()
 
 from llama_lib.checkpoint import store, verify  # noqa: E402
+from llama_lib.checkpoint.adapters import other_base  # noqa: E402
 from llama_lib.config import Options, parse_options  # noqa: E402
 from llama_lib.layout import layout_of  # noqa: E402
 from llama_lib.lora import adapter_parameters, linear_layers, lora_problems, merge  # noqa: E402
@@ -32,12 +31,7 @@ if torch.cuda.is_available():
     pytest.skip("tests/gpu has these on a GPU", allow_module_level=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory) -> Iterator[None]:
-    rendezvous = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
-    dist.init_process_group("gloo", store=rendezvous, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +85,14 @@ def test_nothing_is_said_where_adapters_work(plugin):
 def test_what_cannot_work_is_refused_by_name(flags, said):
     (found,) = problems(flags)
     assert re.search(said, found)
+
+
+def test_no_targets_at_all_are_refused():
+    """As a file can give them: with adapters nowhere, nothing would be trained."""
+    options = parse_options("finetune", ["-p", "zero2", "--lora_rank", "8"])
+    options.model.lora_targets = []
+    (found,) = lora_problems(options, layout_of(options, 1), plain_config("llama"))
+    assert re.search("--lora_targets: got no layer, expected some of q_proj, k_proj, ", found)
 
 
 def test_new_tokens_are_refused_because_nothing_would_train_them():
@@ -202,6 +204,28 @@ def test_the_same_base_in_another_precision_is_no_other(saved, base):
     engine = build("zero2", "fp32", base)
     load(engine, path)
     assert adapter_hash(engine) == adapter_hash(trained)
+
+
+@pytest.mark.parametrize("size", [1.0, 6e-5, 1e-6, 1e-8])
+def test_the_same_base_is_known_in_16_bits_of_either_kind(size):
+    """fp16 has no relative precision below 6e-5: a slack in shares refused the right base."""
+    torch.manual_seed(0)
+    weights = torch.randn(2000).bfloat16() * size
+    in_bf16, in_fp16 = (
+        {"weight": weights.to(kind).tolist()} for kind in (weights.dtype, torch.half)
+    )
+    assert other_base(in_bf16, in_fp16, same_precision=False) is None
+    assert other_base(in_fp16, in_bf16, same_precision=False) is None
+
+
+def test_another_base_of_small_values_is_still_found():
+    for one, other, same in [
+        (1e-6, 1.01e-6, True),
+        (1e-6, 1.1e-6, False),
+        (1e-5, 1.01e-5, False),
+        (0.02, 0.0202, False),
+    ]:
+        assert other_base({"weight": [one]}, {"weight": [other]}, same) == "weight"
 
 
 def test_a_run_continued_without_naming_its_base_still_names_it(saved, base, tmp_path):

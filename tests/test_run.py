@@ -11,8 +11,9 @@ from llama_lib.config import parse_options
 from llama_lib.data.order import RowOrder
 from llama_lib.errors import UserError
 from llama_lib.layout import layout_of, plan_batches
-from llama_lib.run import (
+from llama_lib.resume import (
     _cannot_skip,
+    _facts,
     _refuse_other_run,
     _skip_steps,
     continued_plan,
@@ -155,6 +156,45 @@ def test_another_model_or_data_is_refused_with_all_reasons(tmp_path):
     assert "another tokenizer" in message and "another max_length" in message
     assert "another packing (concat, this run has best_fit)" in message
     assert "seed" not in message and "streaming" not in message
+
+
+def chat_run(*flags: str):
+    """A fine-tuning run, as far as it decides whether a checkpoint fits it."""
+    return SimpleNamespace(
+        options=parse_options("finetune", ["-p", "zero2", *flags]),
+        config=SimpleNamespace(hidden_size=64),
+        data=SimpleNamespace(tokenizer_hash="t", identity="d"),
+        chat=SimpleNamespace(),
+        tokenizer=SimpleNamespace(chat_template="{{ messages }}"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "before", "now"),
+    [
+        ("--lora_rank", ["8"], ["16"]),
+        ("--lora_alpha", ["16"], ["32"]),
+        ("--lora_targets", ["q_proj"], ["q_proj", "v_proj"]),
+        ("--no_packing", None, []),
+        ("--no_packing", [], None),
+        ("--min_length", None, ["5"]),
+        ("--overlong", ["cut"], ["drop"]),
+        ("--loss_role", ["assistant"], ["all"]),
+        ("--other_role_weight", ["0"], ["0.5"]),
+    ],
+)
+def test_what_decides_adapters_and_labels_must_stay(tmp_path, flag, before, now):
+    adapters = [] if flag == "--lora_rank" else ["--lora_rank", "8"]
+    one, other = (
+        _facts(chat_run(*adapters, *([] if values is None else [flag, *values])))
+        for values in (before, now)
+    )
+    saved = state(5, 5, 5, model=one[0], data=one[1])
+    _refuse_other_run(tmp_path, saved, *one)
+    with pytest.raises(UserError) as caught:
+        _refuse_other_run(tmp_path, saved, *other)
+    (problem,) = caught.value.problems
+    assert flag in problem
 
 
 def test_newer_checkpoints_are_renamed_never_deleted(tmp_path):

@@ -130,6 +130,25 @@ def test_prompts_that_cannot_be_meant(tmp_path):
     assert "missing.txt" in problems[2] and "empty prompt" in problems[3] and len(problems) == 4
 
 
+@pytest.mark.parametrize("word", ["a.txt", "a.md", "a.jsonl", "a.json", "prompts/a", "~/prompts/a"])
+def test_a_word_that_looks_like_a_file_is_one(word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match="there is no such file"):
+        read_prompts([word])
+    # Prose may hold slashes and names of files.
+    for prompt in (f"what is in {word}", "is it 1/2?", "Why?", "e.g."):
+        assert read_prompts([prompt]) == [prompt]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_records_are_no_prompts(suffix, tmp_path):
+    path = tmp_path / f"chats.{suffix}"
+    path.write_text('{"prompt": "Why?", "completion": "So."}\n')
+    with pytest.raises(UserError, match=f"{path} holds records: expected a text file"):
+        read_prompts([str(path)])
+
+
 def test_prompts_without_room_for_an_answer(tokenizer):
     short, long = "the cat", "the cat " * 30
     length = len(

@@ -27,6 +27,8 @@ BASE_SAMPLE = "base.json"
 SAMPLED_VALUES = 8
 # Two roundings of one value to a 16-bit format differ by less than 2^-7 of it.
 ROUNDING = 2.0**-7
+# Below 2^-14 fp16 has no finer steps than this one.
+SMALLEST_FP16 = 2.0**-24
 
 Sample = Mapping[str, list[float]]
 
@@ -61,12 +63,15 @@ def base_sample(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dic
 
 def other_base(found: Sample, saved: Sample, same_precision: bool) -> str | None:
     """A tensor by which the base differs from the one that adapters were trained on, if any."""
-    slack = 0.0 if same_precision else ROUNDING
+
+    def alike(a: float, b: float) -> bool:
+        if same_precision:
+            return a == b
+        return abs(a - b) <= max(ROUNDING * max(abs(a), abs(b)), SMALLEST_FP16)
+
     for name, values in saved.items():
         now = found.get(name, [])
-        if len(now) != len(values) or not all(
-            abs(a - b) <= slack * max(abs(a), abs(b)) for a, b in zip(now, values, strict=True)
-        ):
+        if len(now) != len(values) or not all(map(alike, now, values)):
             return name
     return None
 

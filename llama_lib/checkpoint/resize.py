@@ -43,17 +43,24 @@ def new_rows(tokenizer: Any, vocab_size: int, added: Collection[str] = ()) -> Ne
     return NewRows(sorted(ids - new), sorted(new))
 
 
-def grown_table(stored: Tensor, num_rows: int, rows: NewRows) -> Tensor:
-    """A copy of a table [rows, width] with `num_rows` rows, the new ones filled with the mean.
+def mean_row(stored: Tensor, old: Sequence[int]) -> Tensor:
+    """The mean [width] of those rows of a table [rows, width] that are stored.
 
-    Rows beyond the stored ones that belong to no token get the mean too. The mean is taken over
-    the `old` rows that are stored, in at least fp32, and rounded to the table's precision.
+    It is taken in at least fp32 and rounded to the table's precision.
     """
-    old = torch.tensor([index for index in rows.old if index < len(stored)], dtype=torch.long)
+    known = torch.tensor([index for index in old if index < len(stored)], dtype=torch.long)
     total = torch.zeros(stored.shape[1], dtype=torch.float64)
-    for ids in old.split(_ROWS):
+    for ids in known.split(_ROWS):
         total += stored[ids].float().sum(0, dtype=torch.float64)
+    return (total / len(known)).to(stored.dtype)
+
+
+def grown_table(stored: Tensor, num_rows: int, new: Sequence[int], mean: Tensor) -> Tensor:
+    """A copy of a table [rows, width] with `num_rows` rows, the `new` ones filled with the mean.
+
+    Rows beyond the stored ones that belong to no token get the mean too.
+    """
     table = stored.new_empty((num_rows, *stored.shape[1:]))
     table[: len(stored)] = stored
-    table[len(stored) :] = table[list(rows.new)] = (total / len(old)).to(stored.dtype)
+    table[len(stored) :] = table[list(new)] = mean
     return table

@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,9 @@ class TrainerState:
     `samples` counts those trained on. The data position is `next_sample` of the global order
     (None: equal to `samples`, as in checkpoints of older versions); `skips` are sample ranges
     [first, stop) left out, `skipped_steps` the options that asked for it; `stream` is what a stream
-    needs besides. `consumed` counts training tokens by source. `best` is {"step", "loss"} of the
-    saved checkpoint with the lowest held-out loss so far.
+    needs besides. `consumed` counts training tokens by source. `best` is {"step", "loss", "rows"}
+    of the saved checkpoint with the lowest held-out loss so far, and how many held-out rows it is
+    of.
     """
 
     step: int
@@ -160,13 +162,13 @@ def save(
         if errors:
             raise OSError(errors[0])
         _write_description(engine, state, tokenizer, end_token_ids, temporary, collected)
-        publish(temporary, final)
+        with _only_warned("the file `latest` could not be written", unless=temporary):
+            publish(temporary, final)
         best = None if state.best is None else step_directory(save_dir, state.best["step"])
-        point_best(Path(save_dir), best)
-        try:
+        with _only_warned("the file `best` could not be written"):
+            point_best(Path(save_dir), best)
+        with _only_warned("--keep_last: an old checkpoint could not be removed"):
             remove_old(Path(save_dir), keep_last, best)
-        except OSError as failure:  # the new checkpoint is whole all the same
-            logger.warning("--keep_last: an old checkpoint could not be removed: %s", failure)
 
     try:
         _together(finish)
@@ -177,6 +179,22 @@ def save(
             f"checkpoint {final} could not be written: {failure}. Older checkpoints are untouched."
         ) from None
     return final
+
+
+@contextmanager
+def _only_warned(what: str, unless: Path | None = None) -> Iterator[None]:
+    """An OSError inside becomes a warning: the new checkpoint is whole all the same.
+
+    Args:
+        unless: where the checkpoint lies while it is not in its place; as long as it does, the
+            error is one.
+    """
+    try:
+        yield
+    except OSError as failure:
+        if unless is not None and unless.exists():
+            raise
+        logger.warning("%s: %s", what, failure)
 
 
 def _together(action: Any, *args: Any) -> None:

@@ -188,9 +188,14 @@ def open_weights(
         ) from None
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        remedy = (
+            "Give the model the run started with."
+            if flag == "--load"
+            else f"The model is the one of config.json there: give {flag} a folder whose weights "
+            "belong to its config.json."
+        )
         raise UserError(
-            f"{flag} {folder} does not fit the model: {'; '.join(problems[:3])}{more}. Give the "
-            "--config that belongs to these weights."
+            f"{flag} {folder} does not fit the model: {'; '.join(problems[:3])}{more}. {remedy}"
         )
     return reader
 

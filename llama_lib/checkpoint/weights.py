@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama_lib import coordination
 from llama_lib.checkpoint.hybrid import cut_state, cut_weight, flat_share, gather_weight
-from llama_lib.checkpoint.resize import NewRows, grown_table
+from llama_lib.checkpoint.resize import NewRows, grown_table, mean_row
 from llama_lib.checkpoint.state import gather_weights
 from llama_lib.checkpoint.tensors import (
     COMPARED_ELEMENTS,
@@ -68,6 +68,8 @@ class _Source:
         self, reader: TensorReader, shapes: Mapping[str, tuple[int, ...]], new_rows: NewRows | None
     ) -> None:
         self._reader, self._shapes, self._new_rows = reader, shapes, new_rows
+        # A table is asked for up to four times; its mean, for which every row is read, is kept.
+        self._means: dict[str, Tensor] = {}
 
     def size(self, name: str) -> int:
         """Bytes in the file."""
@@ -77,7 +79,9 @@ class _Source:
         stored = self._reader.tensor(name)
         if self._new_rows is None or name not in VOCABULARY_TABLES:
             return stored
-        return grown_table(stored, self._shapes[name][0], self._new_rows)
+        if name not in self._means:
+            self._means[name] = mean_row(stored, self._new_rows.old)
+        return grown_table(stored, self._shapes[name][0], self._new_rows.new, self._means[name])
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--packing", action="store_true", help="compare the ways of packing (with -l)")
     add("--row", type=int, help="number of a row of the training order to decode (with -l)")
     add("--packing_of", choices=_PACKINGS, default="concat", help="packing of --row (concat)")
-    add("-l", "--max_length", type=int, help="tokens in a row")
+    add("-l", "--max_length", type=int, help="tokens in a row; with --labels as of finetune.py")
     add("--seed", type=int, default=42, help="the --seed of the run (42)")
     add("--step", type=int, help="number of a step of a run: the documents it was trained on")
     add("--cache_dir", default=DEFAULT_CACHE_DIR, help="where packings are kept")

@@ -103,7 +103,9 @@ def parse_line(line: bytes) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadRecord(f"invalid JSON ({error.msg} at column {error.colno})") from error
+        # Some of Python's own messages end with the word that follows here.
+        what = error.msg.removesuffix(" at")
+        raise BadRecord(f"invalid JSON ({what} at column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         # A number of thousands of digits, or a thousand open brackets.
         raise BadRecord(f"invalid JSON ({error})") from error

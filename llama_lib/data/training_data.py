@@ -16,9 +16,10 @@ from llama_lib.data.loader import RowSource
 class Passage(NamedTuple):
     """Part of a row: `length` tokens from token `start` of a document.
 
-    `number` counts from 0: the documents of `source` in prepared data, those left out not counted;
-    the readable records of `file` in a stream. Of a conversation it is the line of `file`, in a
-    table the row, from 1.
+    `source`, `file` and `number` together name the document, and the same one for as long as the
+    files do not change. `number` is the one by which a user finds it: in prepared data what
+    `inspect --document` takes, in a stream how many readable records of `file` are before it, of
+    a conversation the line of `file` where it begins, in a table its row, from 1.
     """
 
     source: str

@@ -130,7 +130,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(finished: tuple[Folder, Out
     names = [directory.name for directory in step_directories(folder.save_dir)]
     assert names == ["step-00000012", f"step-{best:08}"]
     assert (folder.save_dir / "best").read_text() == f"step-{best:08}\n"
-    assert folder.state(12)["best"] == {"step": best, "loss": losses[best]}
+    assert folder.state(12)["best"] == {"step": best, "loss": losses[best], "rows": 160}
     assert f"best        {step_directory(folder.save_dir, best)}" in outcome.output
     assert "token accuracy" in outcome.output and "asked at step 12: 'red' -> " in outcome.output
 

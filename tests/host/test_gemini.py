@@ -20,13 +20,7 @@ from llama_lib.host.gemini import DEVICE_TIER, HostChunk  # noqa: E402
 HOST_TIER = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory):
-    """A process group of this process alone."""
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def closed_chunk(

@@ -21,7 +21,8 @@ def label_weights(
 
     `loss_role` is assistant, user or all. Turns of a role that is not trained on count
     `other_role_weight`, what the template writes around them nothing. With `all` every token
-    counts one, the template's too. TEXT always counts one. The first token is nobody's label.
+    counts one, the template's too. TEXT always counts one, UNTRAINED never. The first token is
+    nobody's label.
     """
     by_role = np.zeros(len(ROLE_NAMES), np.float32)
     by_role[TEXT] = 1

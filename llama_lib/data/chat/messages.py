@@ -4,7 +4,8 @@ Invariant: an Example either has text, or user and assistant in turn, each with 
 from a user to an assistant; a system may speak first.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,21 +13,27 @@ from llama_lib.data.bad_records import BadRecord, check_characters
 
 ROLES = ("system", "user", "assistant")
 
-# What roles are called in published data: ShareGPT's exports, OpenAssistant, Gemma.
+# Ends the answers of data made with GPT-3; the template gives every answer its own end.
+END_OF_TEXT = "<|endoftext|>"
+
+# What roles are called in published data: OpenAI's, ShareGPT's exports, OpenAssistant, Gemma.
 _ROLE_OF = {
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "model"), "assistant"),
 }
-_KNOWN_ROLES = "system, user (human, prompter) or assistant (gpt, chatgpt, bard, model)"
+_KNOWN_ROLES = "system (developer), user (human, prompter) or assistant (gpt, chatgpt, bard, model)"
+# Of a turn, where OpenAI's format says which tools the assistant calls.
+_CALLS = ("tool_calls", "function_call")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `role` is one of ROLES."""
+    """One turn; `role` is one of ROLES. No loss is taken of one that is not `trained`."""
 
     role: str
     content: str
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,18 +54,23 @@ class Example:
     cut_turns: int = 0
 
 
-def conversation(turns: Any, system: str | None = None) -> Example:
+def conversation(turns: Any, system: str | None = None, given: int = 0) -> Example:
     """The Example of a list of turns, `role` + `content` or `from` + `value` each.
 
     Args:
+        turns: or a dict of lists, which is how Hugging Face's Sequence keeps a list of dicts. A
+            turn whose `weight` is 0 is not trained on.
         system: what a system says before the first turn, if anything.
+        given: answers among so many turns from the first on are not trained on.
 
     Raises:
         BadRecord: naming the turn, counted from 1 (without `system`), and what is wrong with it.
     """
-    if not isinstance(turns, list):
-        raise BadRecord(f"the conversation is {_kind(turns)}, expected a list of turns")
+    turns = turn_list(turns)
     messages = [_message(number, turn) for number, turn in enumerate(turns, start=1)]
+    for index, message in enumerate(messages[:given]):
+        if message.role == "assistant":
+            messages[index] = replace(message, trained=False)
     num_turns = len(messages)
     if not num_turns:
         raise BadRecord("the conversation has no turns")
@@ -79,6 +91,38 @@ def exchange(prompt: Message, answer: Message, system: str | None, kind: str) ->
     """The Example of one question and its answer."""
     begin = () if system is None else (Message("system", system),)
     return Example((*begin, prompt, answer), kind=kind)
+
+
+def turn_list(turns: Any) -> list[Any]:
+    """The turns of a list, or of a dict of lists. Raises BadRecord for anything else."""
+    if isinstance(turns, dict):
+        columns = {name: column for name, column in turns.items() if column is not None}
+        if columns and all(isinstance(column, list) for column in columns.values()):
+            lengths = {name: len(column) for name, column in columns.items()}
+            if len(set(lengths.values())) > 1:
+                raise BadRecord(f"the lists of the conversation differ in length: {lengths}")
+            return [
+                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+            ]
+    if not isinstance(turns, list):
+        raise BadRecord(f"the conversation is {_kind(turns)}, expected a list of turns")
+    return turns
+
+
+def without_end(text: str, ends: Sequence[str] = (END_OF_TEXT,)) -> str:
+    """The text without one of the marks `ends` at its end, nor the blanks behind that."""
+    bare = text.rstrip()
+    for end in ends:
+        if bare.endswith(end):
+            return bare.removesuffix(end)
+    return text
+
+
+def answered(content: Any, where: str) -> str:
+    """As `said`, of an answer, whose end mark is taken off."""
+    text = said(content, where)
+    bare = without_end(text)
+    return text if bare is text else said(bare, where)
 
 
 def said(content: Any, where: str) -> str:
@@ -111,7 +155,21 @@ def _message(number: int, turn: Any) -> Message:
     role = _ROLE_OF.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise BadRecord(f"turn {number}: unknown role {name!r}; expected {_KNOWN_ROLES}")
-    return Message(role, said(content, f"turn {number} ({role})"))
+    where = f"turn {number} ({role})"
+    for key in _CALLS:
+        if turn.get(key):
+            raise BadRecord(f"{where} has `{key}`: calls of tools cannot be trained on")
+    if "content" not in turn and "value" not in turn:
+        raise BadRecord(f"{where} has no `content` (or `value`); found {', '.join(sorted(turn))}")
+    content = answered(content, where) if role == "assistant" else said(content, where)
+    return Message(role, content, _is_trained(turn.get("weight"), where))
+
+
+def _is_trained(weight: Any, where: str) -> bool:
+    """What OpenAI's `weight` says; none is 1."""
+    if weight is not None and weight not in (0, 1):
+        raise BadRecord(f"{where} has the weight {weight!r}, expected 0 (not trained on) or 1")
+    return weight != 0
 
 
 def _text_parts(parts: list[Any], where: str) -> list[str]:

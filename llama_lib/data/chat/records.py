@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from llama_lib.data.bad_records import BadRecord, UnknownShape, nothing_in
-from llama_lib.data.chat.messages import Example, Message, conversation, exchange, said
+from llama_lib.data.chat.messages import (
+    Example,
+    Message,
+    answered,
+    conversation,
+    exchange,
+    said,
+    turn_list,
+)
 from llama_lib.data.parts import Part
 from llama_lib.data.readers import Reading, RecordFile
 from llama_lib.data.sources import Source, is_on_hub, locate
 from llama_lib.data.tables import Selection, check_strings, is_list
 from llama_lib.errors import UserError
-
-# Ends the answers of data made with GPT-3; the template gives every answer its own end.
-_END_OF_TEXT = "<|endoftext|>"
 
 
 def example_of(record: Any) -> Example:
@@ -106,18 +111,24 @@ class _Shape:
 
 
 def _conversation(column: str, record: dict[str, Any]) -> Example:
+    _check_tools(record)
     return conversation(record[column], _system(record))
 
 
 def _completion(record: dict[str, Any]) -> Example:
     prompt, completion = record["prompt"], record["completion"]
-    if isinstance(completion, str) and (bare := completion.rstrip()).endswith(_END_OF_TEXT):
-        completion = bare.removesuffix(_END_OF_TEXT)
+    if _holds_turns(prompt) or _holds_turns(completion):
+        # As TRL has them: both are turns, and only the completion's answers are trained on.
+        _check_tools(record)
+        given = turn_list(prompt)
+        return conversation([*given, *turn_list(completion)], _system(record), len(given))
+    system = _system(record)
     return exchange(
         Message("user", said(prompt, "`prompt`")),
-        Message("assistant", said(completion, "`completion`")),
-        _system(record),
-        "completion",
+        Message("assistant", answered(completion, "`completion`")),
+        system,
+        # The template for completions has no place for a system turn.
+        "completion" if system is None else "conversation",
     )
 
 
@@ -127,14 +138,14 @@ def _alpaca(record: dict[str, Any]) -> Example:
     question = said(record["instruction"], "`instruction`")
     if (given := _optional(record, "input")) is not None:
         question += f"\n\n{given}"
-    answer = said(record["output"], "`output`")
+    answer = answered(record["output"], "`output`")
     return exchange(
         Message("user", question), Message("assistant", answer), _system(record), "alpaca"
     )
 
 
 def _text(record: dict[str, Any]) -> Example:
-    return Example(text=said(record["text"], "`text`"), kind="text")
+    return Example(text=answered(record["text"], "`text`"), kind="text")
 
 
 def _system(record: dict[str, Any]) -> str | None:
@@ -149,23 +160,42 @@ def _optional(record: dict[str, Any], column: str) -> str | None:
     return said(content, f"`{column}`")
 
 
+def _holds_turns(content: Any) -> bool:
+    """Whether it is turns, and neither a text nor the parts of one."""
+    if isinstance(content, list):
+        return bool(content) and isinstance(content[0], dict) and "type" not in content[0]
+    return isinstance(content, dict)
+
+
+def _check_tools(record: dict[str, Any]) -> None:
+    """Raises BadRecord for a conversation with tools, whose calls are no turns."""
+    for column in _TOOLS:
+        tools = record.get(column)
+        if isinstance(tools, str):
+            tools = tools.strip() not in _NO_TOOLS
+        if tools:
+            raise BadRecord(f"it has `{column}`: calls of tools cannot be trained on")
+
+
+_TOOLS = ("tools", "functions")
+_NO_TOOLS = ("", "[]", "{}", "null")  # as JSON in a string
 # Datasets keep `text`, `prompt` or `instruction` beside the conversation that was made of it.
 _SHAPES = (
     _Shape(
         ("messages",),
-        ("system",),
+        ("system", *_TOOLS),
         partial(_conversation, "messages"),
         '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}',
     ),
     _Shape(
         ("conversations",),
-        ("system",),
+        ("system", *_TOOLS),
         partial(_conversation, "conversations"),
         '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}',
     ),
     _Shape(
         ("prompt", "completion"),
-        ("system",),
+        ("system", *_TOOLS),
         _completion,
         '{"prompt": "Is 7 prime?", "completion": "Yes."}',
     ),
@@ -177,7 +207,8 @@ _SHAPES = (
     ),
     _Shape(("text",), (), _text, '{"text": "One document of plain text."}'),
 )
-_TURNS = ("messages", "conversations")
+# What is in these columns is looked at record by record.
+_ANY = ("history", *_TOOLS)
 _EXAMPLE_LINES = "one of these:\n" + "\n".join(f"  {shape.line}" for shape in _SHAPES)
 
 
@@ -201,15 +232,26 @@ def _select(path: Path, schema: Any) -> Selection:
         if name not in schema.names:
             continue
         kind = schema.field(name).type
-        if name in _TURNS:
-            if not (is_list(kind) and types.is_struct(kind.value_type)):
+        if name in ("messages", "conversations"):
+            if not _is_of_turns(kind):
                 raise UserError(
                     f"{path}: the column `{name}` holds {kind}, expected lists of turns, each "
                     "with `role` and `content` or `from` and `value`."
                 )
-        elif name != "history" and not (name in shape.optional and types.is_null(kind)):
+        elif name in ("prompt", "completion") and _is_of_turns(kind):
+            continue
+        elif name not in _ANY and not (name in shape.optional and types.is_null(kind)):
             check_strings(path, schema, name)
     return Selection((*shape.needed, *shape.optional), partial(_examples_of, shape))
+
+
+def _is_of_turns(kind: Any) -> bool:
+    """Whether a column of this arrow type holds lists of turns, or dicts of lists."""
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return all(is_list(field.type) for field in kind)
+    return is_list(kind) and types.is_struct(kind.value_type)
 
 
 def _examples_of(shape: _Shape, batch: Any) -> Iterator[Example | BadRecord]:

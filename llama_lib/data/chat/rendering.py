@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from llama_lib.data.bad_records import BadRecord
 from llama_lib.data.chat.messages import Message
-from llama_lib.data.chat.roles import ROLE_NUMBERS, TEMPLATE
+from llama_lib.data.chat.roles import ROLE_NUMBERS, TEMPLATE, UNTRAINED
 
 # Templates copy contents as they are or without the blanks at their ends; on one side only where
 # another text is joined to the content first, as Llama 2's joins the system message.
@@ -32,6 +32,11 @@ _LEFT, _RIGHT = "\n \t", " \n\t \n"
 _MARK = "Qx{:06d}xQ"
 _MARKS = re.compile(r"(Qx\d{6}xQ)")
 _SHOWN = 30  # characters of a difference in a message; chosen
+# Turns of a user and an assistant, of which each order is looked at by itself, which takes several
+# renderings; those behind them are written as the last two of these. Chosen.
+_OWN_TURNS = 8
+# What to do about a template that does more than write text around the turns.
+WAY_OUT = "--chat_template chatml, or a Jinja file of your own that writes each turn as it is"
 
 
 class Refused(BadRecord):
@@ -67,25 +72,37 @@ class Frame:
     sample: str
     sure: int
 
-    def filled(self, contents: Sequence[str]) -> Rendered:
-        """The conversation with these contents of its turns."""
+    def filled(self, messages: Sequence[Message]) -> Rendered:
+        """The conversation of these turns, of the frame's roles."""
         parts = [self.literals[0]]
         starts, roles = [0], [TEMPLATE]
         position = len(parts[0])
-        for index, content in enumerate(contents):
-            content = self.trims[index](content)
+        for index, message in enumerate(messages):
+            content = self.trims[index](message.content)
             literal = self.literals[index + 1]
             starts.append(position - self.leads[index])
             position += len(content)
             starts.append(position + self.tails[index])
-            roles += (self.roles[index], TEMPLATE)
+            roles += (self.roles[index] if message.trained else UNTRAINED, TEMPLATE)
             position += len(literal)
             parts += (content, literal)
         return Rendered("".join(parts), starts, roles)
 
+    def extended(self, exchanges: int) -> Frame:
+        """With so many more turns of a user and an assistant, written as the last two are."""
+        last = self.literals[-1]
+        return replace(
+            self,
+            roles=self.roles + self.roles[-2:] * exchanges,
+            literals=(*self.literals[:-1], *self.literals[-3:-1] * exchanges, last),
+            trims=self.trims + self.trims[-2:] * exchanges,
+            leads=self.leads + self.leads[-2:] * exchanges,
+            tails=self.tails + self.tails[-2:] * exchanges,
+        )
+
 
 class Renderer:
-    """Renders with a tokenizer's chat template; knows the frame of every order of roles it met."""
+    """Renders with a tokenizer's chat template; keeps the frames of the orders of roles it met."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -129,24 +146,25 @@ class Renderer:
         return texts
 
     def _rendered(self, messages: Sequence[Message], text: str) -> Rendered:
-        roles = tuple(message.role for message in messages)
-        contents = [message.content for message in messages]
-        rendered = self.frame(roles).filled(contents)
+        rendered = self.frame(tuple(message.role for message in messages)).filled(messages)
         if rendered.text != text:
-            # Some templates write the date, which may have changed since the frame was made.
-            self._frames.clear()
-            rendered = self.frame(roles).filled(contents)
-        if rendered.text != text:
-            raise BadRecord(
-                f"the chat template rewrites a turn: {_difference(rendered.text, text)}"
-            )
+            difference = _difference(rendered.text, text)
+            raise BadRecord(f"the chat template rewrites a turn: {difference}; use {WAY_OUT}")
         return rendered
+
+    def has_special(self, text: str) -> bool:
+        """Whether the text of a special token is in it."""
+        return self._special.search(text) is not None
 
     def frame(self, roles: tuple[str, ...]) -> Frame:
         """The frame of conversations with these roles, the last of which is `assistant`.
 
         Raises BadRecord if the template cannot be trained with on them.
         """
+        own = _OWN_TURNS + (roles[:1] == ("system",))
+        more = (len(roles) - own) // 2
+        if more > 0 and roles[own:] == ("user", "assistant") * more:
+            return self.frame(roles[:own]).extended(more)
         if roles not in self._frames:
             earlier: Frame | None = None
             for index, role in enumerate(roles):

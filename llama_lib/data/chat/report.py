@@ -5,16 +5,21 @@ Invariant: every conversation that is read is counted in one of the lines.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from llama_lib.data.blend import Blend
+from llama_lib.data.chat.counts import Bad, Seen
 from llama_lib.data.chat.rows import HeldOutConversations
 from llama_lib.data.chat.selection import Selection, Tally
-from llama_lib.data.chat.store import Store
+from llama_lib.data.chat.store import FileFacts, Store
 from llama_lib.data.order import Order
 
 if TYPE_CHECKING:
     from llama_lib.data.chat.training import ChatRequest
+
+# Reasons of bad records that are told one by one. Chosen.
+_SHOWN_REASONS = 5
 
 
 def summary(selection: Selection, held_out: HeldOutConversations, request: ChatRequest) -> str:
@@ -43,20 +48,12 @@ def _reasons(request: ChatRequest) -> dict[str, str]:
 
 def left_out_lines(store: Store, selection: Selection, request: ChatRequest) -> list[str]:
     """One line for each reason, with the file and line of the first it holds for."""
-    lines = []
-    for source in store.sources.values():
-        for file in source.files:
-            if file.counts.bad:
-                lines.append(
-                    f"left out {file.counts.bad:,} bad record(s) of {file.path}, one of them "
-                    f"{file.counts.last_bad}"
-                )
-    files = [file for source in store.sources.values() for file in source.files]
-    if turns := sum(file.counts.cut_turns for file in files):
-        first = next(file for file in files if file.counts.first_cut)
+    files = _files(store)
+    lines = _bad_lines(files)
+    turns, first = _all_of([(file, file.counts.cut_turns) for file in files])
+    if turns:
         lines.append(
-            f"left out {turns:,} turn(s) of users at the end that nobody answered (first: "
-            f"{first.place(first.counts.first_cut)})"
+            f"left out {turns:,} turn(s) of users at the end that nobody answered (first: {first})"
         )
     for reason, text in _reasons(request).items():
         tally = selection.dropped[reason]
@@ -68,6 +65,57 @@ def left_out_lines(store: Store, selection: Selection, request: ChatRequest) -> 
             f"{selection.cut.tokens:,} tokens at their ends are not trained on"
             f"{_first('cut', selection.cut)}"
         )
+    return lines
+
+
+def warning_lines(store: Store) -> list[str]:
+    """What is trained on, but perhaps not as it is meant; with the first file and line."""
+    files = _files(store)
+    lines = []
+    merged, first = _all_of([(file, file.counts.merged) for file in files])
+    if merged:
+        lines.append(
+            f"warning: in {merged:,} conversation(s) the tokenizer joins the end of the generation "
+            "prompt with the answer's first letters: that token is not trained on, and serving "
+            f"gives another in its place (first: {first})"
+        )
+    specials, first = _all_of([(file, file.counts.specials) for file in files])
+    if specials:
+        lines.append(
+            f"warning: {specials:,} conversation(s) hold the text of special tokens, which becomes "
+            f"these tokens (first: {first})"
+        )
+    return lines
+
+
+def _files(store: Store) -> list[FileFacts]:
+    return [file for source in store.sources.values() for file in source.files]
+
+
+def _all_of(found: list[tuple[FileFacts, Seen]]) -> tuple[int, str]:
+    """How often in all files, and the place of the first."""
+    first = next((file.place(seen.first) for file, seen in found if seen.count), "")
+    return sum(seen.count for _, seen in found), first
+
+
+def _bad_lines(files: list[FileFacts]) -> list[str]:
+    """The bad records of all files by reason, the most frequent first."""
+    reasons: dict[str, list[tuple[FileFacts, Bad]]] = {}
+    for file in files:
+        for reason, bad in file.counts.bad.items():
+            reasons.setdefault(reason, []).append((file, bad))
+    counts = {reason: sum(bad.count for _, bad in found) for reason, found in reasons.items()}
+    ordered = sorted(counts, key=lambda reason: -counts[reason])
+    lines = []
+    for reason in ordered[:_SHOWN_REASONS]:
+        file, bad = reasons[reason][0]
+        lines.append(
+            f"left out {counts[reason]:,} bad record(s) (first: {file.place(bad.first)}): "
+            f"{bad.message}"
+        )
+    if rest := ordered[_SHOWN_REASONS:]:
+        number = sum(counts[reason] for reason in rest)
+        lines.append(f"left out {number:,} bad record(s) for {len(rest):,} other reason(s)")
     return lines
 
 
@@ -98,16 +146,27 @@ def rows_line(selection: Selection, order: Order, request: ChatRequest) -> str:
     )
 
 
-def nothing_left(selection: Selection, request: ChatRequest) -> str:
-    """Why there is nothing, if every conversation is left out."""
-    found = [
-        f"{tally.conversations:,} have {text}"
-        if reason.startswith("too")
-        else f"{tally.conversations:,}: {text}"
-        for reason, text in _reasons(request).items()
-        if (tally := selection.dropped[reason]).conversations
-    ]
+def nothing_left(
+    selection: Selection, request: ChatRequest, names: Collection[str] | None = None
+) -> str:
+    """Why there is nothing, if every conversation is left out.
+
+    Args:
+        names: the sources of which nothing is left; None for all.
+    """
+    names = selection.totals.keys() if names is None else names
+    total = sum(selection.totals[name] for name in names)
+    found = ", ".join(_why(selection, request, names))
     return (
-        f"no conversation is left; of {selection.total:,}, {', '.join(found)}. Change these "
-        "options or give other conversations."
+        f"no conversation is left; of {total:,}, {found}. Change these options or give other "
+        "conversations."
     )
+
+
+def _why(selection: Selection, request: ChatRequest, names: Collection[str]) -> Iterator[str]:
+    for reason, text in _reasons(request).items():
+        tally = selection.dropped[reason]
+        if number := sum(tally.by_source.get(name, 0) for name in names):
+            yield f"{number:,} have {text}" if reason.startswith("too") else f"{number:,}: {text}"
+    if number := sum(len(selection.held_out[name]) for name in names):
+        yield f"{number:,}: held out by --eval_ratio {request.eval_ratio:g}"

@@ -5,8 +5,9 @@ Invariant: the numbers are stored with encoded conversations, so they never chan
 
 # TEMPLATE is what the chat template writes around the turns: BOS, headers, blanks. ASSISTANT is
 # all that the model has to write, its end token included. TEXT is a document without turns.
-TEMPLATE, ASSISTANT, USER, SYSTEM, TEXT = range(5)
+# UNTRAINED are turns that their record says not to train on, whatever the options say.
+TEMPLATE, ASSISTANT, USER, SYSTEM, TEXT, UNTRAINED = range(6)
 
 # Of a turn, by the name it has in a message.
 ROLE_NUMBERS = {"assistant": ASSISTANT, "user": USER, "system": SYSTEM}
-ROLE_NAMES = ("template", "assistant", "user", "system", "text")
+ROLE_NAMES = ("template", "assistant", "user", "system", "text", "untrained")

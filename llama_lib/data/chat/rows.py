@@ -96,9 +96,9 @@ class ConversationRows:
 
 
 class HeldOutConversations:
-    """Rows that are never trained on: the conversations of each source in the order of its files.
+    """Rows that are never trained on, in one order for ever: the conversations by their hashes.
 
-    Those that share a row follow each other, so that the first rows are a fair part of all.
+    However the files are sorted, the first rows of a source are a fair part of all.
     """
 
     def __init__(self, maker: RowMaker) -> None:
@@ -117,21 +117,18 @@ class HeldOutConversations:
         return sum(chosen.num_tokens for chosen in self.maker.chosen.values())
 
     def rows(self, source: str) -> Iterator[Row]:
-        for numbers in self._rows(source):
-            yield self.maker.row([(source, number) for number in numbers])
-
-    def num_rows(self, source: str) -> int:
-        return sum(1 for _ in self._rows(source))
-
-    def _rows(self, source: str) -> Iterator[range]:
-        """The conversations of each row."""
-        lengths = self.maker.chosen[source].lengths
-        first = filled = 0
-        for number, length in enumerate(lengths.tolist()):
+        """The rows of one source; those that follow each other share one while it has room."""
+        chosen = self.maker.chosen[source]
+        hashes = chosen.source.about["hash"][chosen.numbers]
+        parts: list[Part] = []
+        filled = 0
+        for index in np.argsort(hashes, kind="stable").tolist():
+            length = int(chosen.lengths[index])
             shares = self.maker.isolated and filled + length <= self.maker.max_length
-            if number and not shares:
-                yield range(first, number)
-                first, filled = number, 0
+            if parts and not shares:
+                yield self.maker.row(parts)
+                parts, filled = [], 0
+            parts.append((source, index))
             filled += length
-        if len(lengths):
-            yield range(first, len(lengths))
+        if parts:
+            yield self.maker.row(parts)

@@ -16,7 +16,7 @@ from llama_lib.errors import UserError
 # Three functions of a module make one round of questions. Chosen: each docstring begins with a
 # line that says all, in Python 3.11 and 3.12.
 _FUNCTIONS = {
-    "base64": ("b64encode", "b64decode", "b16encode"),
+    "base64": ("b64encode", "b64decode", "decodebytes"),
     "calendar": ("isleap", "leapdays", "weekday"),
     "dataclasses": ("fields", "replace", "make_dataclass"),
     "fnmatch": ("fnmatch", "filter", "translate"),
@@ -30,28 +30,52 @@ _FUNCTIONS = {
     "webbrowser": ("open", "open_new", "register"),
 }
 _SYSTEM = "You explain the Python standard library, one sentence for each function."
+# Dialogues without a system message: how far apart in the list the functions of one are, and how
+# many it asks about. Chosen: each function is followed by four others, none of its own module, and
+# five questions nearly fill a row of 256 tokens. Of 30 talks of eight questions that were not
+# trained, 25 or more ended right in every trial so, 11 with at most three questions (2026-11-22).
+_STRIDES = (5, 7, 11, 13)
+_TURNS = (2, 3, 4, 5)
 
 
 def sample_conversations() -> Iterator[dict[str, list[dict[str, str]]]]:
     """Records {'messages': [{'role': str, 'content': str}, ...]}, in a fixed order.
 
-    Each function is asked about alone; then all of a module one after the other, under a system
-    message.
+    Each function is asked about alone; all of a module one after the other, under a system
+    message; then functions of different modules one after the other, without one.
     """
+    known: dict[str, str] = {}
     for module, functions in _FUNCTIONS.items():
         first_lines = _first_lines(module)
         answers = {f"{module}.{name}": first_lines[name] for name in functions}
         for name, answer in answers.items():
-            yield {"messages": _turn(f"What does {name} do?", answer)}
+            yield {"messages": _turn(name, answer)}
         messages = [{"role": "system", "content": _SYSTEM}]
         for name, answer in answers.items():
-            follows = len(messages) > 1
-            question = f"And {name}?" if follows else f"What does {name} do?"
-            messages += _turn(question, answer)
+            messages += _turn(name, answer, follows=len(messages) > 1)
         yield {"messages": messages}
+        known |= answers
+    yield from _mixed(known)
 
 
-def _turn(question: str, answer: str) -> list[dict[str, str]]:
+def _mixed(answers: dict[str, str]) -> Iterator[dict[str, list[dict[str, str]]]]:
+    """Dialogues that ask about every function first, second and third, after different ones.
+
+    Trained on single questions only, a model answers the second one in words of other answers.
+    """
+    names = list(answers)
+    for number, stride in enumerate(_STRIDES):
+        for start in range(len(names)):
+            messages = []
+            for place in range(_TURNS[(start + number) % len(_TURNS)]):
+                name = names[(start + place * stride) % len(names)]
+                follows = place > 0 and (place + number) % 2 == 1
+                messages += _turn(name, answers[name], follows)
+            yield {"messages": messages}
+
+
+def _turn(name: str, answer: str, follows: bool = False) -> list[dict[str, str]]:
+    question = f"And {name}?" if follows else f"What does {name} do?"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 

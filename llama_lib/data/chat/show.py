@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llama_lib.config import ModelOptions
 from llama_lib.data.bad_records import BadRecord
 from llama_lib.data.chat.encode import is_table
 from llama_lib.data.chat.labels import label_weights
@@ -24,6 +26,7 @@ from llama_lib.data.chat.records import ExampleFile, resolve_conversations
 from llama_lib.data.chat.roles import ROLE_NAMES
 from llama_lib.data.chat.templates import ChatTemplate, use_template
 from llama_lib.data.chat.training import kinds_of
+from llama_lib.data.entries import parse_entries
 from llama_lib.data.tokenizer import load_tokenizer
 from llama_lib.errors import UserError
 
@@ -141,7 +144,10 @@ def show_labels(arguments: argparse.Namespace) -> None:
 def labelled(template: ChatTemplate, arguments: argparse.Namespace) -> Iterator[Labelled]:
     """The conversations of the data, in order, cut and weighed as `arguments` say."""
     cache_dir = Path(arguments.cache_dir).expanduser()
-    sources = resolve_conversations([arguments.folder], arguments.task_name, cache_dir)
+    # How many of them a run takes and what they weigh does not change what they look like.
+    names = [entry.name for entry in parse_entries([arguments.folder])]
+    sources = resolve_conversations(names, arguments.task_name, cache_dir)
+    max_length = arguments.max_length or _default_length(arguments.tokenizer)
     for path in (path for source in sources for path in source.files):
         for number, example in ExampleFile(path, arguments.skip_bad_lines):
             place = f"{path} {'row' if is_table(path) else 'line'} {number}"
@@ -153,11 +159,22 @@ def labelled(template: ChatTemplate, arguments: argparse.Namespace) -> Iterator[
                 raise UserError(
                     f"{place}: {bad}. Mend it, or pass over such records with --skip_bad_lines."
                 ) from bad
-            ids, roles = encoded.ids[: arguments.max_length], encoded.roles[: arguments.max_length]
+            ids, roles = encoded.ids[:max_length], encoded.roles[:max_length]
             weights = label_weights(
                 roles, arguments.loss_role or "assistant", arguments.other_role_weight or 0.0
             )
             yield Labelled(place, ids, roles, weights, len(encoded.ids))
+
+
+def _default_length(tokenizer: str) -> int:
+    """--max_length of finetune.py where none is typed, of a model beside its tokenizer."""
+    default = ModelOptions().max_length
+    config = Path(tokenizer).expanduser() / "config.json"
+    if not config.is_file():
+        return default
+    return min(
+        default, json.loads(config.read_text("utf-8")).get("max_position_embeddings", default)
+    )
 
 
 def marked_text(

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_lib.data.build import publish, sync_folder
-from llama_lib.data.chat.encode import CONVERSATION, Counts, Encoding, encode_files, is_table
+from llama_lib.data.chat.counts import Bad, Counts, Seen
+from llama_lib.data.chat.encode import CONVERSATION, Encoding, encode_files, record_name
 from llama_lib.data.chat.records import no_examples_in
 from llama_lib.data.chat.templates import ChatTemplate
 from llama_lib.data.indexed import IndexedReader, IndexedWriter, token_dtype
@@ -35,7 +36,7 @@ from llama_lib.errors import RunError
 
 FORMAT = "llama_lib conversations"
 # Another number whenever the same files would give other ids, roles or counts.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -47,16 +48,19 @@ class FileFacts:
     counts: Counts = field(default_factory=Counts)
 
     def place(self, number: int) -> str:
-        """What a user finds a record by: `number` is its line, in a table its row, from 1."""
-        return f"{self.path} {'row' if is_table(self.path) else 'line'} {number}"
+        """What a user finds a record by, from its line, or its row in a table."""
+        return f"{self.path} {record_name(self.path, number)}"
 
     def to_dict(self) -> dict[str, Any]:
-        return {"conversations": self.conversations, **asdict(self.counts)}
+        return {"conversations": self.conversations, "counts": asdict(self.counts)}
 
     @classmethod
     def from_dict(cls, path: Path, facts: dict[str, Any]) -> FileFacts:
-        counts = dict(facts)
-        return cls(path, counts.pop("conversations"), Counts(**counts))
+        counts = dict(facts["counts"])
+        bad = {reason: Bad(**each) for reason, each in counts.pop("bad").items()}
+        last_bad = tuple(counts.pop("last_bad"))
+        seen = {name: Seen(**each) for name, each in counts.items()}
+        return cls(path, facts["conversations"], Counts(bad, last_bad, **seen))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +93,6 @@ class StoredSource:
 class Store:
     """The conversations of all sources, by the name of the source."""
 
-    path: Path
     sources: dict[str, StoredSource]
 
     @classmethod
@@ -106,9 +109,7 @@ class Store:
                 raise ValueError(f"it is a {manifest['format']} of version {manifest['version']}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(path / MANIFEST, str(error)) from error
-        return cls(
-            path, {each.name: _open_source(path, each, facts[each.name]) for each in sources}
-        )
+        return cls({each.name: _open_source(path, each, facts[each.name]) for each in sources})
 
 
 def stored(
@@ -211,7 +212,9 @@ def _write(
                 progress.show(number, sizes[number] if batch.is_last else batch.position)
                 if batch.is_last:
                     if not file.conversations:
-                        raise no_examples_in(file.path, file.counts.bad, file.counts.last_bad)
+                        last, message = file.counts.last_bad
+                        last_bad = f"{record_name(file.path, last)}: {message}"
+                        raise no_examples_in(file.path, file.counts.num_bad, last_bad)
                     number += 1
             about.flush()
             os.fsync(about.fileno())

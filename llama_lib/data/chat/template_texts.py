@@ -54,16 +54,19 @@ TEMPLATES = {
     {{- '<|im_start|>assistant\n' -}}
 {%- endif -%}
 """,
-    # A prompt and its completion, with nothing between them.
+    # A prompt and its completion on lines of their own. A newline ends a token with every usual
+    # tokenizer, whereas letters or a blank behind the prompt are joined with the completion's.
     "plain": BOS
     + r"""{%- if messages | length > 2 or messages[0]['role'] != 'user'
     or messages[-1]['role'] != ('user', 'assistant')[messages | length - 1] -%}
     {{- raise_exception('The template `plain` takes one prompt (user) and one answer (assistant); '
         'for system turns and longer conversations train with --chat_template chatml') -}}
 {%- endif -%}
-{{- messages[0]['content'] -}}
+{{- messages[0]['content'].rstrip() -}}
 {%- if messages | length == 2 -%}
-    {{- messages[1]['content'] + eos_token -}}
+    {{- '\n' + messages[1]['content'] + eos_token -}}
+{%- elif add_generation_prompt -%}
+    {{- '\n' -}}
 {%- endif -%}
 """,
 }
@@ -71,5 +74,29 @@ SPECIAL_TOKENS = {
     "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
 }
+# A template may ask transformers for today's date: then the ids of a conversation would depend on
+# the day. This macro in front of it takes that function's place; it writes the date that Llama
+# 3.2's template writes where the function is missing.
+_DATE = "26 Jul 2024"
+_DATE_PARTS = {
+    **{"%d": "26", "%-d": "26", "%e": "26", "%m": "07", "%-m": "7", "%b": "Jul", "%B": "July"},
+    **{"%Y": "2024", "%y": "24", "%a": "Fri", "%A": "Friday", "%j": "208"},
+    **{"%F": "2024-07-26", "%D": "07/26/24", "%T": "00:00:00"},
+    **{"%H": "00", "%I": "12", "%M": "00", "%S": "00", "%p": "AM"},
+}
+_DATE_MACRO = (
+    "{%- macro strftime_now(format) -%}{{- format"
+    + "".join(f".replace('{part}', '{value}')" for part, value in _DATE_PARTS.items())
+    + " -}}{%- endmacro %}\n"
+)
+
+
+def with_fixed_date(template: str) -> tuple[str, str]:
+    """The template, writing one date every day, and that date; empty if it writes none."""
+    if "strftime_now" not in template:
+        return template, ""
+    return _DATE_MACRO + template.removeprefix(_DATE_MACRO), _DATE
+
+
 # These say nothing of BOS: they begin with it only where the tokenizer begins a text with it.
 OPTIONAL_BOS = ("chatml", "plain")

@@ -6,13 +6,12 @@ comes from the place where a token's text begins, never from tokenising a part a
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,22 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_lib.data.bad_records import BadRecord
-from llama_lib.data.chat.messages import Example, Message
-from llama_lib.data.chat.rendering import Refused, Rendered, Renderer, special_tokens
-from llama_lib.data.chat.roles import TEXT
-from llama_lib.data.chat.template_texts import BOS, OPTIONAL_BOS, SPECIAL_TOKENS, TEMPLATES
+from llama_lib.data.chat.cuts import cuts_of
+from llama_lib.data.chat.messages import Example, Message, without_end
+from llama_lib.data.chat.rendering import WAY_OUT, Refused, Rendered, Renderer, special_tokens
+from llama_lib.data.chat.roles import ASSISTANT, TEXT
+from llama_lib.data.chat.template_texts import (
+    BOS,
+    OPTIONAL_BOS,
+    SPECIAL_TOKENS,
+    TEMPLATES,
+    with_fixed_date,
+)
 from llama_lib.data.tokenizer import adds_bos, bare_backend, tokenizer_hash
 from llama_lib.errors import UserError
 
 # Part of ChatTemplate.identity: raised when the same template gives other ids or roles.
-_VERSION = 1
+_VERSION = 2
 _CHUNK_CHARACTERS = 1 << 20  # tokenised at a time, which bounds the memory of offsets; chosen
 
 # What special tokens look like in the template of a file, which does not name them.
@@ -50,10 +56,18 @@ class TemplateChoice:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation or a text as ids [tokens] and the roles [tokens] of chat/roles.py."""
+    """A conversation or a text as ids [tokens] and the roles [tokens] of chat/roles.py.
+
+    Attributes:
+        merged: the tokenizer joins the end of the generation prompt with the first letters of an
+            answer; that token is not trained on, and serving gives another in its place.
+        specials: a content holds the text of a special token, which becomes that token.
+    """
 
     ids: npt.NDArray[np.int32]
     roles: npt.NDArray[np.uint8]
+    merged: bool = False
+    specials: bool = False
 
 
 def use_template(tokenizer: Any, choice: str | None, kinds: Collection[str]) -> TemplateChoice:
@@ -83,8 +97,9 @@ def use_template(tokenizer: Any, choice: str | None, kinds: Collection[str]) -> 
     else:
         tokenizer.chat_template = _template_file(choice)
         added = _add(tokenizer, _markers(tokenizer))
-    if "strftime_now" in tokenizer.chat_template:
-        note += "; it writes the date, which stays that of the day when the data are encoded"
+    tokenizer.chat_template, date = with_fixed_date(tokenizer.chat_template)
+    if date:
+        note += f"; the date that it writes is always {date}"
     return TemplateChoice(choice, added, note)
 
 
@@ -167,6 +182,7 @@ class ChatTemplate:
         self._backend.post_processor = processors.TemplateProcessing(single="$A")
         self._prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self._renderer = Renderer(tokenizer)
+        self._ends = [tokenizer.eos_token]
         self._probe()
 
     def _probe(self) -> None:
@@ -180,9 +196,11 @@ class ChatTemplate:
             with contextlib.suppress(Refused):
                 self._renderer.frame(roles * 2)
         except BadRecord as error:
+            others = ", ".join(name for name in TEMPLATES if name != "chatml")
             raise UserError(
-                f"{error}. Training needs a template that only writes text around the turns: "
-                f"choose another with --chat_template ({', '.join(TEMPLATES)} or a Jinja file)."
+                f"{error}. Training needs a template that only writes text around the turns, "
+                "not as those of models that think (Qwen3, DeepSeek-R1): choose "
+                f"{WAY_OUT} (or {others})."
             ) from None
         turns = [{"role": turn.role, "content": turn.content} for turn in exchange]
         expected = self._tokenizer.apply_chat_template(turns)
@@ -198,8 +216,8 @@ class ChatTemplate:
                 "the tokenizer joins the end of the generation prompt with the answer: in training "
                 "the model sees other ids in front of an answer than when it is used"
             )
-        end = self._tokenizer.convert_tokens_to_ids(self._renderer.end_token(frame))
-        self.end_token_ids = list(dict.fromkeys([end, self._tokenizer.eos_token_id]))
+        self._ends = list(dict.fromkeys([self._renderer.end_token(frame), *self._ends]))
+        self.end_token_ids = self._tokenizer.convert_tokens_to_ids(self._ends)
 
     @cached_property
     def identity(self) -> str:
@@ -214,7 +232,10 @@ class ChatTemplate:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def encode(self, example: Example) -> Encoded:
-        """The ids and roles of one conversation or text."""
+        """The ids and roles of one conversation or text.
+
+        An end token at the end of an answer or a text is taken off: it is there once anyway.
+        """
         return self.encode_many([example])[0]
 
     def encode_many(self, examples: Iterable[Example]) -> list[Encoded]:
@@ -223,12 +244,26 @@ class ChatTemplate:
         To know which one it is, call `encode` for each.
         """
         encoded: list[Encoded] = []
-        for chunk in _chunks(examples):
+        for chunk in _chunks(map(self._ending_once, examples)):
             rendered = self._rendered(chunk)
             texts = [each.text for each in rendered]
             encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-            encoded += map(self._encoded, rendered, encodings)
+            encoded += map(self._encoded, chunk, rendered, encodings)
         return encoded
+
+    def _ending_once(self, example: Example) -> Example:
+        """Without the ends that the template writes, or that are written behind a text."""
+        if example.text is not None:
+            return replace(example, text=without_end(example.text, [self._tokenizer.eos_token]))
+        messages = list(example.messages)
+        for index, message in enumerate(messages):
+            if message.role == "assistant":
+                content = without_end(message.content, self._ends)
+                if content is not message.content:
+                    if not content.strip():
+                        raise BadRecord(f"turn {index + 1} (assistant) is empty but for its end")
+                    messages[index] = replace(message, content=content)
+        return replace(example, messages=tuple(messages))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids of turns that end with the user's, with the generation prompt behind them."""
@@ -244,34 +279,26 @@ class ChatTemplate:
             for example in examples
         ]
 
-    def _encoded(self, rendered: Rendered, encoding: Any) -> Encoded:
+    def _encoded(self, example: Example, rendered: Rendered, encoding: Any) -> Encoded:
         ids = encoding.ids
-        if rendered.roles == [TEXT]:
-            ids = [*self._prefix, *ids, self._tokenizer.eos_token_id]
-            return Encoded(np.array(ids, np.int32), np.full(len(ids), TEXT, np.uint8))
-        length = len(rendered.text)
-        cuts = [
-            _first_token(encoding, start) if start < length else len(ids)
-            for start in rendered.starts
-        ] + [len(ids)]
+        if example.text is not None:
+            prefix = [] if ids[:1] == self._prefix else self._prefix
+            ids = [*prefix, *ids, self._tokenizer.eos_token_id]
+            roles = np.full(len(ids), TEXT, np.uint8)
+            specials = self._renderer.has_special(example.text)
+            return Encoded(np.array(ids, np.int32), roles, specials=specials)
+        cuts, over = cuts_of(encoding, rendered.starts, len(rendered.text))
         roles = np.empty(len(ids), np.uint8)
         for role, begin, end in zip(rendered.roles, cuts, cuts[1:], strict=False):
             roles[begin:end] = role
-        return Encoded(np.array(ids, np.int32), roles)
-
-
-def _first_token(encoding: Any, character: int) -> int:
-    """The first token that begins at a character or behind it.
-
-    Found by a few questions: all offsets as Python tuples take four times as long (measured).
-    """
-    token = encoding.char_to_token(character)
-    if token is None:  # a character that a normalizer takes away
-        begins = [begin for begin, _ in encoding.offsets]
-        return bisect.bisect_left(begins, character)
-    while token < len(encoding) and encoding.token_to_chars(token)[0] < character:
-        token += 1
-    return int(token)
+        return Encoded(
+            np.array(ids, np.int32),
+            roles,
+            merged=any(
+                role == ASSISTANT and cut for role, cut in zip(rendered.roles, over, strict=True)
+            ),
+            specials=any(self._renderer.has_special(turn.content) for turn in example.messages),
+        )
 
 
 def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:

@@ -7,7 +7,6 @@ that says how many and why.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,8 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from llama_lib.data.arrange import arrange
-from llama_lib.data.chat.records import ExampleFile, resolve_conversations
-from llama_lib.data.chat.report import left_out_lines, nothing_left, rows_line, summary
+from llama_lib.data.bad_records import BadRecord, UnknownShape
+from llama_lib.data.chat.encode import record_name
+from llama_lib.data.chat.part_reader import ExampleReader
+from llama_lib.data.chat.records import resolve_conversations
+from llama_lib.data.chat.report import (
+    left_out_lines,
+    nothing_left,
+    rows_line,
+    summary,
+    warning_lines,
+)
 from llama_lib.data.chat.rows import ConversationRows, HeldOutConversations, RowMaker
 from llama_lib.data.chat.selection import (
     Chosen,
@@ -37,9 +45,14 @@ from llama_lib.data.tokenizer import DEFAULT_CACHE_DIR, load_tokenizer, tokenize
 from llama_lib.data.training_data import Passage, TrainingData
 from llama_lib.errors import UserError
 
-# Records looked at in a file, and files in a source, to see which kinds there are. Chosen.
+# Records looked at in a file, bad ones among which are passed over, and files in a source, to see
+# which kinds there are. Chosen.
 _FIRST_RECORDS = 8
+_MOST_BAD = 100
 _FIRST_FILES = 8
+
+# Of each entry of -d with a weight: the weight, and the sources it is for. None without weights.
+Weights = tuple[tuple[float, tuple[str, ...]], ...] | None
 
 
 @dataclass(frozen=True)
@@ -72,15 +85,40 @@ def kinds_of(datasets: Sequence[str], task_name: str | None, cache_dir: str | Pa
     """The kinds (Example.kind) of the first records of the data.
 
     Raises:
-        UserError: the data cannot be found or read.
+        UserError: the data cannot be found or read, or none of the first records is good.
     """
     entries = parse_entries(datasets)
     kinds: set[str] = set()
     for source in _resolved(entries, task_name, Path(cache_dir).expanduser()):
         for path in source.files[:_FIRST_FILES]:
-            records = itertools.islice(ExampleFile(path, skip_bad_lines=True), _FIRST_RECORDS)
-            kinds |= {example.kind for _, example in records}
+            kinds |= _first_kinds(path)
     return kinds
+
+
+def _first_kinds(path: Path) -> set[str]:
+    """Of the first good records of a file; those behind them are not read."""
+    kinds: list[str] = []
+    bad_ones: list[tuple[int, BadRecord]] = []
+
+    def on_bad(number: int, bad: BadRecord) -> None:
+        bad_ones.append((number, bad))
+        first_number, first = bad_ones[0]
+        if kinds:
+            return
+        if isinstance(first, UnknownShape) and len(bad_ones) == _FIRST_RECORDS:
+            raise first.of_file(path)
+        if len(bad_ones) == _MOST_BAD:
+            raise UserError(
+                f"{path}: the first {_MOST_BAD} records are bad; the first one, "
+                f"{record_name(path, first_number)}: {first}. Mend them, or choose the "
+                "--chat_template, so that it does not depend on them."
+            )
+
+    for _, example in ExampleReader(path, True, on_bad):
+        kinds.append(example.kind)
+        if len(kinds) == _FIRST_RECORDS:
+            break
+    return set(kinds)
 
 
 def chat_data(request: ChatRequest) -> TrainingData:
@@ -91,12 +129,14 @@ def chat_data(request: ChatRequest) -> TrainingData:
     Raises:
         UserError: bad data, or none left to train on.
     """
-    entries = parse_entries(request.datasets)
+    entries, eval_entries = parse_entries(request.datasets), parse_entries(request.eval_data)
+    if taken := [each.text for each in eval_entries if (each.limit, each.weight) != (None, None)]:
+        raise UserError(f"--eval_data {', '.join(taken)}: takes no [N] and no :weight.")
     cache_dir = Path(request.cache_dir).expanduser()
     sources = _resolved(entries, request.task_name, cache_dir)
     eval_store = None
-    if request.eval_data:
-        found = _resolved(parse_entries(request.eval_data), request.task_name, cache_dir)
+    if eval_entries:
+        found = _resolved(eval_entries, request.task_name, cache_dir)
         eval_store = _stored(found, request)
     store = _stored(sources, request)
     loss = Loss(request.loss_role, request.other_role_weight)
@@ -114,8 +154,11 @@ def chat_data(request: ChatRequest) -> TrainingData:
     selection = select(store, rules, entry_of)
     if not any(map(len, selection.training.values())):
         raise UserError(nothing_left(selection, request))
+    weights = _weights(entries, entry_of)
+    if problems := _weighed_for_nothing(weights, entries, selection, request):
+        raise UserError(problems)
     apart = None if eval_store is None else _eval_selection(eval_store, request, loss)
-    arranged = _Arranged(store, selection.training, _weights(entries, entry_of))
+    arranged = _Arranged(store, selection.training, weights)
     packing = "best_fit" if request.packing else "padded"
     order = arrange(arranged, request.max_length, request.seed, packing, cache_dir)
     tokenizer = load_tokenizer(request.tokenizer, cache_dir)
@@ -137,9 +180,10 @@ def chat_data(request: ChatRequest) -> TrainingData:
         ]
 
     lines = [summary(selection, held_out, request)]
-    lines += left_out_lines(store, selection, request)
+    lines += left_out_lines(store, selection, request) + warning_lines(store)
     if eval_store is not None and apart is not None:
-        lines += [f"--eval_data: {line}" for line in left_out_lines(eval_store, apart, request)]
+        told = left_out_lines(eval_store, apart, request) + warning_lines(eval_store)
+        lines += [f"--eval_data: {line}" for line in told]
     lines.append(rows_line(selection, order, request))
     return TrainingData(
         identity=hashlib.sha256(
@@ -162,7 +206,7 @@ class _Arranged:
 
     store: Store
     readers: dict[str, Chosen]
-    weights: tuple[tuple[float, tuple[str, ...]], ...] | None
+    weights: Weights
 
     @cached_property
     def manifest_hash(self) -> str:
@@ -200,9 +244,18 @@ def _eval_selection(store: Store, request: ChatRequest, loss: Loss) -> Selection
     return selection
 
 
-def _weights(
-    entries: Sequence[Entry], entry_of: dict[str, int]
-) -> tuple[tuple[float, tuple[str, ...]], ...] | None:
+def _weighed_for_nothing(
+    weights: Weights, entries: Sequence[Entry], selection: Selection, request: ChatRequest
+) -> list[str]:
+    """The entries with a weight of which nothing is left, and why."""
+    return [
+        f"-d {entry.text}: {nothing_left(selection, request, names)}"
+        for entry, (_, names) in zip(entries, weights or (), strict=False)
+        if not any(len(selection.training[name]) for name in names)
+    ]
+
+
+def _weights(entries: Sequence[Entry], entry_of: dict[str, int]) -> Weights:
     """The weight of each entry, and the sources it is for; None if they have none."""
     if entries[0].weight is None:
         return None

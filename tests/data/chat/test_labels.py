@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llama_lib.data.chat.labels import label_weights
-from llama_lib.data.chat.roles import ASSISTANT, SYSTEM, TEMPLATE, TEXT, USER
+from llama_lib.data.chat.roles import ASSISTANT, SYSTEM, TEMPLATE, TEXT, UNTRAINED, USER
 
 ROLES = np.array([TEMPLATE, SYSTEM, TEMPLATE, USER, TEMPLATE, ASSISTANT], np.uint8)
 
@@ -30,6 +30,12 @@ def test_weights_of_each_role(loss_role: str, other: float, expected: list[float
 def test_text_is_always_trained_on(loss_role: str) -> None:
     text = np.full(4, TEXT, np.uint8)
     assert label_weights(text, loss_role, 0.0).tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("loss_role", ["assistant", "user", "all"])
+def test_untrained_turns_never_count(loss_role: str) -> None:
+    roles = np.array([TEMPLATE, UNTRAINED, UNTRAINED, ASSISTANT], np.uint8)
+    assert label_weights(roles, loss_role, 1.0).tolist()[1:] == [0, 0, 1]
 
 
 def test_first_token_is_nobodys_label() -> None:

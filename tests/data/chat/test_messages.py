@@ -38,6 +38,7 @@ def test_turns_come_as_they_are() -> None:
     [
         ("human", "user"),
         ("prompter", "user"),
+        ("developer", "system"),
         ("User", "user"),
         ("gpt", "assistant"),
         ("chatgpt", "assistant"),
@@ -49,7 +50,7 @@ def test_turns_come_as_they_are() -> None:
 @pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
 def test_names_of_roles_in_published_data(name: str, role: str, keys: tuple[str, str]) -> None:
     turn = dict(zip(keys, (name, "x"), strict=True))
-    turns = [turn, ANSWER] if role == "user" else [ASK, turn]
+    turns = {"system": [turn, ASK, ANSWER], "user": [turn, ANSWER], "assistant": [ASK, turn]}[role]
     assert (role, "x") in said_by(conversation(turns))
 
 
@@ -70,6 +71,34 @@ def test_text_parts_are_joined_and_other_parts_named() -> None:
         told = reason([{"role": "user", "content": [*parts, part]}, ANSWER])
         assert told == f"turn 1 (user) has a part that is no text: {kind}"
     assert reason([{"role": "user", "content": []}, ANSWER]) == "turn 1 (user) is empty"
+
+
+def test_a_weight_of_0_is_not_trained_on() -> None:
+    turns = [ASK, {**ANSWER, "weight": 0}, {**ASK, "weight": None}, {**ANSWER, "weight": 1}]
+    assert [turn.trained for turn in conversation(turns).messages] == [True, False, True, True]
+    # A table has the column in every turn, as numbers of any kind.
+    turns = [{**ASK, "weight": 0.0}, {**ANSWER, "weight": 1.0, "tool_calls": []}]
+    assert [turn.trained for turn in conversation(turns).messages] == [False, True]
+
+
+def test_an_end_mark_behind_an_answer_is_taken_off() -> None:
+    marked = {"role": "assistant", "content": "Because. <|endoftext|>\n"}
+    asked = {"role": "user", "content": "Why?<|endoftext|>"}
+    found = said_by(conversation([asked, marked, ASK, ANSWER]))
+    assert [content for _, content in found[:3]] == ["Why?<|endoftext|>", "Because. ", "Why?"]
+    nothing = {"role": "assistant", "content": "<|endoftext|>"}
+    assert reason([ASK, nothing]) == "turn 2 (assistant) is empty"
+
+
+def test_a_dict_of_lists_is_a_list_of_turns() -> None:
+    """As Hugging Face's Sequence of dicts is kept."""
+    turns = {"from": ["human", "gpt"], "value": ["a", "b"], "weight": None}
+    assert said_by(conversation(turns)) == [("user", "a"), ("assistant", "b")]
+
+
+def test_answers_that_are_given_are_not_trained_on() -> None:
+    example = conversation([ASK, ANSWER, ASK, ANSWER], "Be kind.", given=3)
+    assert [turn.trained for turn in example.messages] == [True, True, False, True, True]
 
 
 def test_a_system_column_speaks_first_and_once() -> None:
@@ -108,9 +137,23 @@ def test_unanswered_turns_at_the_end_are_cut_and_counted(
         ([ASK, {"role": "assistant", "content": None}], "turn 2 (assistant) is null, not a string"),
         ([ASK, {"role": "assistant", "content": 7}], "turn 2 (assistant) is int, not a string"),
         ([ASK, {"role": "tool", "content": "x"}, ANSWER], "turn 2: unknown role 'tool'"),
-        ([{"role": 1, "content": "x"}, ANSWER], "turn 1: unknown role 1; expected system, user ("),
+        ([{"role": 1, "content": "x"}, ANSWER], "turn 1: unknown role 1; expected system (d"),
         ([ASK, {"content": "x", "name": "n"}], "turn 2 has no `role` (or `from`); found content, "),
         ([ASK, {}], "turn 2 has no `role` (or `from`); found nothing"),
+        (
+            [{"role": "user", "text": "Why?"}, ANSWER],
+            "turn 1 (user) has no `content` (or `value`); found role, text",
+        ),
+        ([ASK, {**ANSWER, "weight": 0.5}], "turn 2 (assistant) has the weight 0.5, expected 0 ("),
+        ([ASK, {**ANSWER, "weight": "1"}], "turn 2 (assistant) has the weight '1', expected 0 ("),
+        (
+            [ASK, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
+            "turn 2 (assistant) has `tool_calls`: calls of tools cannot be trained on",
+        ),
+        ([ASK, {**ANSWER, "function_call": {"name": "f"}}], "turn 2 (assistant) has `function_cal"),
+        ([{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}], "turn 2: unknown role"),
+        ({"role": ["user", "gpt"], "content": ["a"]}, "the lists of the conversation differ in le"),
+        ({"role": [], "content": []}, "the conversation has no turns"),
         ([ASK, "Because."], "turn 2 is str, expected an object"),
         ([ASK], "the conversation has no turn of an assistant"),
         ([RULE], "the conversation has no turn of an assistant"),

@@ -41,6 +41,8 @@ def test_every_shape_is_one_conversation(record: dict[str, Any], kind: str) -> N
     assert example_of(record) == Example((ASK, ANSWER), kind=kind)
     for nothing in (None, "", " \n"):
         assert example_of({**record, "system": nothing}) == Example((ASK, ANSWER), kind=kind)
+    # The template for completions has no place for a system turn.
+    kind = "conversation" if kind == "completion" else kind
     assert example_of({**record, "system": "Rule."}) == Example((RULE, ASK, ANSWER), kind=kind)
 
 
@@ -58,15 +60,47 @@ def test_alpaca_input_follows_the_instruction() -> None:
     ("completion", "answer"),
     [
         ("So.<|endoftext|>", "So."),
+        ([{"type": "text", "text": "So.<|endoftext|>"}], "So."),
         (" So. <|endoftext|> \n", " So. "),
         ("So. \n", "So. \n"),
         ("a<|endoftext|><|endoftext|>", "a<|endoftext|>"),
         ("a <|endoftext|> b", "a <|endoftext|> b"),
     ],
 )
-def test_one_end_of_text_behind_a_completion_is_noise(completion: str, answer: str) -> None:
-    example = example_of({"prompt": "Why?", "completion": completion})
-    assert example.messages == (ASK, Message("assistant", answer))
+def test_one_end_of_text_behind_an_answer_is_noise(completion: Any, answer: str) -> None:
+    asked = {"role": "user", "content": "Why?"}
+    for record in (
+        {"prompt": "Why?", "completion": completion},
+        {"instruction": "Why?", "output": completion},
+        {"messages": [asked, {"role": "assistant", "content": completion}]},
+        {"conversations": [asked, {"from": "gpt", "value": completion}]},
+    ):
+        assert example_of(record).messages == (ASK, Message("assistant", answer))
+    assert example_of({"text": completion}).text == answer
+
+
+TRL = {
+    "prompt": [*OPENAI, {"role": "user", "content": "And?"}],
+    "completion": [{"role": "assistant", "content": "Thus."}],
+}
+
+
+def test_prompts_and_completions_of_turns() -> None:
+    """As TRL has them: what the assistant says in the prompt is not trained on."""
+    told = Message("assistant", "So.", trained=False)
+    talk = (ASK, told, Message("user", "And?"), Message("assistant", "Thus."))
+    assert example_of(TRL) == Example(talk)
+    assert example_of({**TRL, "system": "Rule.", "tools": []}) == Example((RULE, *talk))
+
+
+@pytest.mark.parametrize("tools", [[{"type": "function"}], '[{"name": "f"}]'])
+@pytest.mark.parametrize("column", ["tools", "functions"])
+@pytest.mark.parametrize("record", [{"messages": OPENAI}, {"conversations": SHAREGPT}, TRL])
+def test_tools_are_refused(record: dict[str, Any], column: str, tools: Any) -> None:
+    with pytest.raises(BadRecord, match=f"it has `{column}`: calls of tools cannot be trained on"):
+        example_of({**record, column: tools})
+    for none in (None, [], "[]", " "):
+        assert example_of({**record, column: none}) == example_of(record)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +110,8 @@ def test_one_end_of_text_behind_a_completion_is_noise(completion: str, answer: s
         ({"prompt": "Why?", "completion": " <|endoftext|>"}, "`completion` is empty"),
         ({"prompt": ["Why?"], "completion": "So."}, "`prompt` has a part that is no text: str"),
         ({"prompt": "Why?", "completion": None}, "`completion` is null, not a string"),
+        ({**TRL, "completion": "Thus."}, "the conversation is str, expected a list of turns"),
+        ({**TRL, "prompt": "And?"}, "the conversation is str, expected a list of turns"),
         ({"instruction": "Why?", "input": 3, "output": "So."}, "`input` is int, not a string"),
         ({"instruction": " ", "input": "x", "output": "So."}, "`instruction` is empty"),
         ({"instruction": "Why?", "output": ""}, "`output` is empty"),
@@ -154,15 +190,23 @@ def test_tables_of_turns(tmp_path: Path) -> None:
     ("columns", "kind"),
     [
         ({"messages": [OPENAI], "prompt": ["x"], "score": [0.5]}, "conversation"),
+        ({"messages": [OPENAI], "tools": ["[]"], "functions": [None]}, "conversation"),
+        # A Sequence of dicts, as Hugging Face's datasets keep it.
+        ({"conversations": [{"from": ["human", "gpt"], "value": ["Why?", "So."]}]}, "conversation"),
+        ({"prompt": [OPENAI[:1]], "completion": [OPENAI[1:]]}, "conversation"),
         ({"prompt": ["Why?"], "completion": ["So.<|endoftext|>"]}, "completion"),
         ({"output": ["So."], "input": [None], "instruction": ["Why?"]}, "alpaca"),
         ({"output": ["So."], "input": [""], "instruction": ["Why?"], "history": [[]]}, "alpaca"),
     ],
 )
 def test_tables_of_every_shape(tmp_path: Path, columns: dict[str, Any], kind: str) -> None:
-    for system, begin in (("Rule.", (RULE,)), (None, ())):
+    with_system = "conversation" if kind == "completion" else kind
+    for system, expected in (
+        ("Rule.", Example((RULE, ASK, ANSWER), kind=with_system)),
+        (None, Example((ASK, ANSWER), kind=kind)),
+    ):
         for path in tables(tmp_path, pa.table({**columns, "system": [system]})):
-            assert list(ExampleFile(path)) == [(1, Example((*begin, ASK, ANSWER), kind=kind))]
+            assert list(ExampleFile(path)) == [(1, expected)]
 
 
 def test_text_of_a_table(tmp_path: Path) -> None:
@@ -192,7 +236,7 @@ def test_only_needed_columns_are_read(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ({"messages": ["[]"]}, "the column `messages` holds string, expected lists of turns"),
         ({"messages": [["a"]]}, "holds list<element: string>, expected lists of turns"),
-        ({"messages": [{"role": ["user"], "content": ["a"]}]}, "expected lists of turns"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "expected lists of turns"),
         ({"prompt": [1], "completion": ["a"]}, "the column `prompt` holds int64, expected strings"),
         ({"prompt": ["a"], "completion": [None]}, "`completion` holds null, expected strings"),
         ({"input_ids": [[1, 2]]}, "found input_ids. Expected lines like one of these"),

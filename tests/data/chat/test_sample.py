@@ -1,10 +1,12 @@
 """The built-in conversations: what they ask and answer, and that they are the same everywhere."""
 
+import collections
 import hashlib
 import importlib
 import inspect
 import itertools
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -37,15 +39,17 @@ def test_answers_are_the_words_of_the_standard_library() -> None:
             assert documented is not None
             assert answer["content"] == documented.splitlines()[0]
             answered += 1
-    assert answered == 72
+    assert answered == 576
 
 
 def test_shapes_of_the_conversations() -> None:
     conversations = [record["messages"] for record in sample_conversations()]
-    assert len(conversations) == 48
+    assert len({json.dumps(c) for c in conversations}) == len(conversations) == 192
     with_system = [c for c in conversations if c[0]["role"] == "system"]
     assert [len(c) for c in with_system] == [7] * 12
-    assert {len(c) for c in conversations if c[0]["role"] == "user"} == {2}
+    lengths = collections.Counter(len(c) for c in conversations if c[0]["role"] == "user")
+    # Alone, then dialogues of two to five questions.
+    assert lengths == {2: 36, 4: 36, 6: 36, 8: 36, 10: 36}
     # One question has one answer, or nobody could learn them all.
     answers: dict[str, set[str]] = {}
     for conversation in conversations:
@@ -55,6 +59,29 @@ def test_shapes_of_the_conversations() -> None:
     assert all(len(different) == 1 for different in answers.values())
     for message in (m for c in conversations for m in c):
         assert message["content"].isascii() and message["content"].strip() == message["content"]
+
+
+def test_every_function_is_asked_about_first_second_and_third() -> None:
+    """Without a system message: a talk went wrong at its second question once."""
+    places: dict[str, set[int]] = {}
+    wordings: dict[str, set[str]] = {}
+    followed: dict[str, set[str]] = {}
+    for record in sample_conversations():
+        if record["messages"][0]["role"] == "system":
+            continue
+        questions = [m["content"] for m in record["messages"] if m["role"] == "user"]
+        names = [re.findall(r"\w+\.\w+", question)[0] for question in questions]
+        assert len({name.partition(".")[0] for name in names}) == len(names)
+        for place, (name, question) in enumerate(zip(names, questions, strict=True)):
+            places.setdefault(name, set()).add(place)
+            if place == 1:
+                wordings.setdefault(name, set()).add(question)
+        for name, following in itertools.pairwise(names):
+            followed.setdefault(name, set()).add(following)
+    assert len(places) == 36
+    assert all(found >= {0, 1, 2} for found in places.values())
+    assert all(found == {f"What does {n} do?", f"And {n}?"} for n, found in wordings.items())
+    assert all(len(found) == 4 for found in followed.values())
 
 
 def test_written_once_and_mended_when_changed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def chats(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def show(tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    def shown(data: Path, *words: str) -> str:
+    def shown(data: Path | str, *words: str) -> str:
         flags = ["--labels", "--tokenizer", str(tokenizer_path), "--cache_dir", str(tmp_path / "c")]
         assert main([str(data), *flags, *words]) == 0
         return capsys.readouterr().out
@@ -88,7 +89,7 @@ def test_the_template_is_chosen_as_in_training(chats, show):
     chats.write_text('{"prompt": "a prompt", "completion": " the answer"}\n')
     output = show(chats)
     assert "chat template plain" in output
-    assert conversation(output) == "a prompt[[ the answer</s>]]"
+    assert conversation(output) == "a prompt\n[[ the answer</s>]]"
 
 
 def test_other_roles_that_count_less_have_marks_of_their_own(chats, show):
@@ -114,6 +115,36 @@ def test_a_conversation_is_cut_as_rows_are(chats, show):
     assert conversation(output).strip().count("<|im_end|>") == 4
     output = show(chats, "-l", "5")
     assert f"0 trained on, cut from {whole} tokens; finetune.py leaves it out" in output
+
+
+def test_a_conversation_is_cut_as_by_finetune_without_a_length(
+    chats, show, tokenizer_path, tmp_path
+):
+    text = "the cat " * 4000
+    chats.write_text(json.dumps({"prompt": "a", "completion": text}) + "\n")
+    assert re.search(r"line 1: 4,096 tokens, .*, cut from [\d,]+ tokens", show(chats))
+    # Of a model, never more than its context.
+    model = shutil.copytree(tokenizer_path, tmp_path / "model")
+    (model / "config.json").write_text('{"max_position_embeddings": 512}')
+    assert "line 1: 512 tokens, " in show(chats, "--tokenizer", str(model))
+    (model / "config.json").write_text('{"max_position_embeddings": 131072}')
+    assert "line 1: 4,096 tokens, " in show(chats, "--tokenizer", str(model))
+
+
+def test_data_is_named_as_for_finetune(chats, show):
+    expected = show(chats)
+    for word in (f"{chats}[2]", f"{chats}:0.5", f"{chats}[2]:0.5"):
+        assert show(word) == expected
+
+
+def test_answers_of_weight_0_are_not_marked(chats, show):
+    turns = [{**turn, "weight": 0} if n == 2 else turn for n, turn in enumerate(CHAT)]
+    chats.write_text(json.dumps({"messages": turns}) + "\n")
+    output = show(chats, "--chat_template", "chatml", "--other_role_weight", "1")
+    assert "sat on\nthe mat<|im_end|>" in output and "[[sat on" not in output
+    assert "[[ did" in output
+    roles = table(output)
+    assert roles["untrained"][0] > 0 == roles["untrained"][1]
 
 
 def test_several_are_named_by_line_or_row(chats, show, tmp_path):
@@ -148,7 +179,7 @@ def test_marks_leave_the_text_as_it_is(tokenizer_path):
 
 def test_data_cannot_command_the_terminal(chats, show):
     chats.write_text(json.dumps({"prompt": "a\u001b[31mb", "completion": "c\u0007\td"}) + "\n")
-    assert conversation(show(chats)) == "a\\x1b[31mb[[c\\x07\td</s>]]"
+    assert conversation(show(chats)) == "a\\x1b[31mb\n[[c\\x07\td</s>]]"
 
 
 def test_a_bad_record_is_named_or_passed_over(chats, show):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llama_lib.data.chat import store as store_module
-from llama_lib.data.chat.roles import ASSISTANT, TEMPLATE, TEXT, USER
+from llama_lib.data.chat.roles import ASSISTANT, ROLE_NAMES, TEMPLATE, TEXT, USER
 from llama_lib.data.chat.store import Store, stored
 from llama_lib.data.sources import Source
 from llama_lib.errors import LlamaLibError, RunError
@@ -24,14 +24,14 @@ import sys, time
 from pathlib import Path
 from llama_lib.data.chat import encode, store
 from llama_lib.data.sources import Source
-encode._BATCH_CHARACTERS = 300
+encode._PART_BYTES = 300
 pause, tokenizer, cache, *files = sys.argv[1:]
-batches = encode._batches
+items = encode._items
 def slowly(*arguments):
-    for batch in batches(*arguments):
+    for item in items(*arguments):
         time.sleep(float(pause))
-        yield batch
-encode._batches = slowly
+        yield item
+encode._items = slowly
 build = store._build
 def told(*arguments):
     print("encodes", flush=True)
@@ -65,6 +65,10 @@ def start(pause: float, tokenizer: Path, cache: Path, sources: list[Source]) -> 
     )
 
 
+def stores_in(cache: Path) -> list[Path]:
+    return sorted((cache / "conversations").iterdir())
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -94,7 +98,7 @@ def test_what_is_kept_of_a_conversation(tmp_path: Path, chatml_folder: Path) -> 
         f"{path} line 3",
     ]
     # The first token is no label.
-    counts = [np.bincount(each[1:], minlength=5).tolist() for each in roles]
+    counts = [np.bincount(each[1:], minlength=len(ROLE_NAMES)).tolist() for each in roles]
     assert chats.about["labels"].tolist() == counts
     assert chats.roles.dtype == np.uint8 and chats.ids.dtype == np.uint16
     assert len(set(chats.about["hash"].tolist())) == 3
@@ -105,21 +109,31 @@ def test_a_store_is_made_once_and_anew_when_a_file_changes(
 ) -> None:
     path = Path(write_records(tmp_path / "chats.jsonl", [sized(10)]))
     source = [Source("chats", (path,))]
-    first = stored(source, str(chatml_folder), tmp_path / "cache")
+    stored(source, str(chatml_folder), tmp_path / "cache")
     write = store_module._write
     monkeypatch.setattr(store_module, "_write", None)
-    assert stored(source, str(chatml_folder), tmp_path / "cache").path == first.path
+    stored(source, str(chatml_folder), tmp_path / "cache")
     monkeypatch.setattr(store_module, "_write", write)
     write_records(path, [sized(10), sized(11)])
     again = stored(source, str(chatml_folder), tmp_path / "cache")
-    assert again.path != first.path and len(again.sources["chats"]) == 2
+    assert len(stores_in(tmp_path / "cache")) == 2 and len(again.sources["chats"]) == 2
+
+
+def test_bad_lines_that_were_skipped_once_are_errors_when_they_are_not(
+    tmp_path: Path, chatml_folder: Path
+) -> None:
+    path = Path(write_records(tmp_path / "chats.jsonl", [sized(10), {"messages": []}]))
+    source = [Source("chats", (path,))]
+    stored(source, str(chatml_folder), tmp_path / "cache", skip_bad_lines=True)
+    with pytest.raises(LlamaLibError, match=r"chats.jsonl line 2"):
+        stored(source, str(chatml_folder), tmp_path / "cache")
 
 
 def test_two_processes_give_the_bytes_of_one(
     tmp_path: Path, chatml_folder: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llama_lib.data.chat.encode._WORKER_BYTES", 1)
-    monkeypatch.setattr("llama_lib.data.chat.encode._BATCH_CHARACTERS", 300)
+    monkeypatch.setattr("llama_lib.data.chat.encode._PART_BYTES", 300)
     started = []
     begin = store_module.encode_files
     monkeypatch.setattr(
@@ -127,10 +141,10 @@ def test_two_processes_give_the_bytes_of_one(
         "encode_files",
         lambda files, encoding, workers: started.append(workers) or begin(files, encoding, workers),
     )
-    results = [
-        files_of(stored(sources, str(chatml_folder), tmp_path / str(workers), workers).path)
-        for workers in (1, 2)
-    ]
+    results = []
+    for workers in (1, 2):
+        stored(sources, str(chatml_folder), tmp_path / str(workers), workers)
+        results.append(files_of(*stores_in(tmp_path / str(workers))))
     assert started == [1, 2] and results[0] == results[1]
     assert {"ids/a.bin", "roles/b.idx", "about/a.bin", "manifest.json"} <= results[0].keys()
 
@@ -139,7 +153,8 @@ def test_killed_while_encoding_and_made_whole_by_the_next(
     tmp_path: Path, chatml_folder: Path, sources: list[Source]
 ) -> None:
     """The next are two at once, of which one encodes and the other waits."""
-    expected = stored(sources, str(chatml_folder), tmp_path / "expected").path
+    stored(sources, str(chatml_folder), tmp_path / "expected")
+    [expected] = stores_in(tmp_path / "expected")
     cache = tmp_path / "cache"
     process = start(0.05, chatml_folder, cache, sources)
     written = [cache / "conversations" / f"{expected.name}.work-{expected.name[:8]}/ids/b.bin"]
@@ -160,7 +175,8 @@ def test_killed_while_encoding_and_made_whole_by_the_next(
 def test_damaged_files_are_told(tmp_path: Path, chatml_folder: Path, sources: list[Source]) -> None:
     cache = tmp_path / "cache"
     for name in ("ids/a.bin", "roles/a.idx", "about/b.bin", "manifest.json"):
-        path = stored(sources, str(chatml_folder), cache).path
+        stored(sources, str(chatml_folder), cache)
+        [path] = stores_in(cache)
         file = path / name
         content = file.read_bytes()
         file.write_bytes(content[:-7])

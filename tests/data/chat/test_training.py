@@ -214,7 +214,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, request_of: Reque
     assert data.lines == [
         "5 conversations, 226 tokens from 1 source(s), 22 of them trained on; held out 0 "
         "conversations, 0 tokens",
-        f"left out 1 bad record(s) of {path}, one of them line 6: turn 1 (user) is empty",
+        f"left out 1 bad record(s) (first: {path} line 6): turn 1 (user) is empty",
         f"left out 1 turn(s) of users at the end that nobody answered (first: {path} line 5)",
         f"dropped 1 of 7 conversations: fewer tokens than --min_length 10 (first: {path} line 2)",
         "dropped 1 of 7 conversations: no trained token left within --max_length 64 (first: "
@@ -227,6 +227,133 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, request_of: Reque
     assert "of them trained on, by their weights; held out" in weighted.lines[0]
     # The first answer of 5 + its end, then 1 + 1 each, then what is left of 10 + 1.
     assert data.open_rows({}).rows(range(4), [])[1] == 6 + 2 + 2 + 2 + 10
+
+
+def test_bad_records_are_told_by_reason_the_most_frequent_first(
+    tmp_path: Path, request_of: Request
+) -> None:
+    def turns(*roles: str) -> dict[str, Any]:
+        return {"messages": [{"role": role, "content": "w1"} for role in roles]}
+
+    seven = [
+        turns("tool"),
+        turns("user", "user", "assistant"),
+        turns("assistant", "user", "assistant"),
+        {"messages": []},
+        {"messages": 3},
+        {"text": ""},
+        turns("user"),
+    ]
+    records = [seven[0], sized(10)] + [turns(f"tool{n}") for n in range(8)]
+    records += [record for n, record in enumerate(seven[1:]) for _ in range(7 - n)]
+    one = write_records(tmp_path / "one.jsonl", records)
+    two = write_records(tmp_path / "two.jsonl", [sized(11), *[seven[1]] * 3])
+    lines = chat_data(request_of(one, two, skip_bad_lines=True)).lines
+    told = [line for line in lines if line.startswith("left out")]
+    assert [line.split(" bad record(s) ")[0] for line in told] == [
+        f"left out {count}" for count in (10, 9, 6, 5, 4, 5)
+    ]
+    assert told[0].startswith(f"left out 10 bad record(s) (first: {one} line 11): turn 2: user af")
+    assert told[1].startswith(f"left out 9 bad record(s) (first: {one} line 1): turn 1: unknown ro")
+    assert told[5] == "left out 5 bad record(s) for 2 other reason(s)"
+
+
+def test_the_first_is_that_of_the_first_batch(
+    tmp_path: Path, request_of: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_lib.data.chat.encode._PART_BYTES", 100)
+    unanswered = {"messages": [*sized(14)["messages"], {"role": "user", "content": "w1"}]}
+    special = chat("w1 <|im_end|>", "w2")
+    records = [sized(10), sized(11), unanswered, special, unanswered, special]
+    path = write_records(tmp_path / "chats.jsonl", records)
+    lines = chat_data(request_of(path)).lines
+    assert (
+        "left out 2 turn(s) of users at the end that nobody answered "
+        f"(first: {path} line 3)" in lines
+    )
+    assert (
+        "warning: 2 conversation(s) hold the text of special tokens, which becomes these tokens "
+        f"(first: {path} line 4)" in lines
+    )
+
+
+def test_tokens_joined_across_the_border_of_an_answer_are_warned_of(
+    tmp_path: Path, request_of: Request
+) -> None:
+    tokenizer = word_tokenizer()
+    # Nothing stands between a prompt and its answer.
+    tokenizer.chat_template = (
+        "{%- for message in messages -%}{{- message.content -}}"
+        "{%- if message.role == 'assistant' -%}{{- eos_token -}}{%- endif -%}{%- endfor -%}"
+    )
+    save_tokenizer(tokenizer, tmp_path / "joining")
+    path = write_records(tmp_path / "chats.jsonl", [chat("w1 ", "w2"), chat("w1", "w2 w3")])
+    other = write_records(tmp_path / "other.jsonl", [chat("w4", "w2 w3")])
+    request = request_of(path, tokenizer=str(tmp_path / "joining"), eval_data=[other])
+    lines = [line for line in chat_data(request).lines if "joins" in line]
+    assert [line[:36] for line in lines] == [
+        "warning: in 1 conversation(s) the to",
+        "--eval_data: warning: in 1 conversat",
+    ]
+    assert lines[0].endswith(f"(first: {path} line 2)")
+    assert lines[1].endswith(f"(first: {other} line 1)")
+
+
+def test_labels_of_cut_conversations_are_those_of_their_rows(
+    tmp_path: Path, request_of: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_lib.data.chat.selection._CHUNK_TOKENS", 200)
+    records = [sized(n, answer=n // 3, first=n) for n in range(40, 140, 7)]
+    path = write_records(tmp_path / "chats.jsonl", records)
+    for change in ({"loss_role": "all"}, {}, {"loss_role": "user", "other_role_weight": 0.25}):
+        data = chat_data(request_of(path, **change))
+        rows, samples = rows_of(data), range(data.num_rows(1))
+        for sample, row in zip(samples, rows, strict=True):
+            own = float((row.labels != IGNORED).sum() if row.weights is None else row.weights.sum())
+            assert data.open_rows({}).rows([sample], [])[1] == own
+    # With `all` every token but the first of each conversation is a label.
+    whole = chat_data(request_of(path, loss_role="all"))
+    tokens = sum(sum(row.tokens.values()) for row in rows_of(whole))
+    every = whole.open_rows({}).rows(range(whole.num_rows(1)), [])[1]
+    assert every == tokens - len(records)
+
+
+def test_min_length_is_that_of_the_whole_conversation(tmp_path: Path, request_of: Request) -> None:
+    path = write_records(tmp_path / "chats.jsonl", [sized(100, answer=60), sized(64)])
+    data = chat_data(request_of(path, min_length=70))
+    assert (
+        f"dropped 1 of 2 conversations: fewer tokens than --min_length 70 (first: {path} line 2)"
+        in data.lines
+    )
+    assert data.lines[0].startswith("1 conversations, 64 tokens")
+
+
+def test_a_turn_of_weight_0_changes_the_identity_and_has_no_labels(
+    tmp_path: Path, request_of: Request
+) -> None:
+    record = chat("w1", "w2", "w3", "w4")
+    path = write_records(tmp_path / "chats.jsonl", [record])
+    both = chat_data(request_of(path))
+    record["messages"][1]["weight"] = 0
+    write_records(tmp_path / "chats.jsonl", [record])
+    one = chat_data(request_of(path))
+    # An answer and its end each.
+    assert both.open_rows({}).rows([0], [])[1] == 4 and one.open_rows({}).rows([0], [])[1] == 2
+    assert both.identity != one.identity
+
+
+def test_an_entry_with_a_weight_of_which_nothing_is_left_says_why(
+    tmp_path: Path, request_of: Request
+) -> None:
+    one = write_records(tmp_path / "one.jsonl", [sized(20, first=n) for n in range(4)])
+    two = write_records(tmp_path / "two.jsonl", [sized(n) for n in (10, 11, 30)])
+    held = write_records(tmp_path / "held.jsonl", [sized(30)])
+    with pytest.raises(UserError) as caught:
+        chat_data(request_of(f"{one}:0.5", f"{two}:0.5", min_length=15, eval_data=[held]))
+    assert str(caught.value).startswith(
+        f"-d {two}:0.5: no conversation is left; of 3, 1: in --eval_data too, 2 have fewer tokens "
+        "than --min_length 15. "
+    )
 
 
 def test_nothing_left_says_why(tmp_path: Path, request_of: Request) -> None:
@@ -256,22 +383,84 @@ def test_held_out_conversations_are_never_trained_on(tmp_path: Path, request_of:
     held_out = data.held_out
     assert held_out.sources == ["one", "two"]
     rows = {name: list(held_out.rows(name)) for name in held_out.sources}
-    assert {name: len(found) for name, found in rows.items()} == {
-        name: held_out.num_rows(name) for name in held_out.sources
-    }
     apart = {name: conversations(found) for name, found in rows.items()}
     assert apart["one"] == apart["two"] and 15 <= len(apart["one"]) <= 45
     trained = conversations(rows_of(data))
     assert not trained & apart["one"]
     assert len(trained | apart["one"]) == 300
     assert all((row.labels != IGNORED).any() for row in rows["one"])
-    # Each source in the order of its file, so that the first rows are a fair part.
+    # In an order that the files have no say in: the first rows are a fair part however they are
+    # sorted.
     first = [tuple(row.ids[piece].tolist()) for row in rows["one"] for piece in pieces_of(row)]
     last = [tuple(row.ids[piece].tolist()) for row in rows["two"] for piece in pieces_of(row)]
-    assert first == last[::-1]
+    assert first == last
     assert max(len(pieces_of(row)) for row in rows["one"]) > 1
     padded = chat_data(request_of(one, two, eval_ratio=0.1, max_length=256, packing=False))
-    assert padded.held_out.num_rows("one") == len(apart["one"])
+    assert len(list(padded.held_out.rows("one"))) == len(apart["one"])
+
+
+def test_all_answers_to_one_prompt_are_on_one_side(tmp_path: Path, request_of: Request) -> None:
+    records = [
+        chat(f"{words(3, n)}{' ' * answer}", words(2, n + answer))
+        for answer in range(5)
+        for n in range(40)
+    ]
+    records += [chat(words(3, n), words(1, 150 + n), "w1", "w2") for n in range(40)]
+    path = write_records(tmp_path / "chats.jsonl", records)
+    data = chat_data(request_of(path, eval_ratio=0.3))
+
+    def prompts(found: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
+        return {ids[2:5] for ids in found}
+
+    held_out = conversations([row for name in ["chats"] for row in data.held_out.rows(name)])
+    trained = conversations(rows_of(data))
+    assert len(held_out | trained) == 240 and 3 <= len(prompts(held_out)) <= 25
+    assert not prompts(held_out) & prompts(trained)
+    assert len(prompts(held_out) | prompts(trained)) == 40
+
+
+def test_one_prompt_alone_is_not_held_out(tmp_path: Path, request_of: Request) -> None:
+    path = write_records(tmp_path / "chats.jsonl", [chat("w1", words(1, n)) for n in range(9)])
+    data = chat_data(request_of(path, eval_ratio=0.5))
+    assert data.held_out is None and data.lines[0].startswith("9 conversations")
+
+
+def test_held_out_rows_are_in_no_order_of_the_file(tmp_path: Path, request_of: Request) -> None:
+    """--eval_steps measures the first batches: of a file sorted by length they would be short."""
+    path = write_records(tmp_path / "chats.jsonl", [sized(n, first=n) for n in range(8, 64)])
+    held = write_records(tmp_path / "held.jsonl", [sized(n) for n in range(8, 64)])
+    data = chat_data(request_of(path, eval_data=[held], packing=False))
+    lengths = [sum(row.tokens.values()) for row in data.held_out.rows("held")]
+    assert sorted(lengths) == list(range(8, 64))
+    assert 25 < np.mean(lengths[:20]) < 45 and 25 < np.mean(lengths[-20:]) < 45
+
+
+def test_eval_data_takes_no_number_and_no_weight(tmp_path: Path, request_of: Request) -> None:
+    path = write_records(tmp_path / "chats.jsonl", [sized(20)])
+    for word in (f"{path}[5]", f"{path}:0.5"):
+        with pytest.raises(UserError, match=r"--eval_data .*: takes no \[N\] and no :weight"):
+            chat_data(request_of(path, eval_data=[word]))
+
+
+def test_overlong_conversations_of_eval_data_are_dropped_too(
+    tmp_path: Path, request_of: Request
+) -> None:
+    path = write_records(tmp_path / "chats.jsonl", [sized(20)])
+    held = write_records(tmp_path / "held.jsonl", [sized(90, answer=40), sized(30)])
+    for overlong, number in (("cut", 2), ("drop", 1)):
+        data = chat_data(request_of(path, eval_data=[held], overlong=overlong))
+        assert data.held_out.num_conversations == number
+    assert (
+        "--eval_data: dropped 1 of 2 conversations: more tokens than --max_length 64 "
+        f"(first: {held} line 1)" in data.lines
+    )
+
+
+def test_blanks_do_not_make_another_conversation(tmp_path: Path, request_of: Request) -> None:
+    path = write_records(tmp_path / "chats.jsonl", [chat("w1", "w2"), chat("w1", "w3")])
+    held = write_records(tmp_path / "held.jsonl", [chat("w1 ", " w2\n")])
+    data = chat_data(request_of(path, eval_data=[held]))
+    assert "dropped 1 of 2 conversations: in --eval_data too" in data.lines
 
 
 def test_a_small_share_of_few_conversations_holds_out_one(
@@ -377,7 +566,7 @@ def test_bad_records_are_named_by_file_and_line(
     tmp_path: Path, request_of: Request, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr("llama_lib.data.chat.encode._WORKER_BYTES", 1)
-    monkeypatch.setattr("llama_lib.data.chat.encode._BATCH_CHARACTERS", 40)
+    monkeypatch.setattr("llama_lib.data.chat.encode._PART_BYTES", 120)
     save_tokenizer(word_tokenizer("plain"), tmp_path / "plain")
     good = chat("w1 ", "w2")
     # The template refuses line 3 when it is encoded; line 5 is wrong when it is read.
@@ -394,7 +583,9 @@ def test_bad_records_are_named_by_file_and_line(
         write_records(tmp_path / "chats.jsonl", records)
         skipped = chat_data(request_of(path, tokenizer=request.tokenizer, skip_bad_lines=True))
         assert skipped.lines[0].startswith("4 conversations")
-        assert skipped.lines[1].startswith(f"left out 2 bad record(s) of {path}, one of them line ")
+        assert [line.split(": ")[0] for line in skipped.lines[1:3]] == [
+            "left out 1 bad record(s) (first"
+        ] * 2
 
 
 def test_a_file_of_bad_records_alone_is_refused(tmp_path: Path, request_of: Request) -> None:
@@ -417,6 +608,30 @@ def test_kinds_of_the_data(tmp_path: Path) -> None:
     assert kinds == {"completion", "text", "conversation"}
     with pytest.raises(UserError, match="no such file"):
         kinds_of([str(tmp_path / "none.jsonl")], None, tmp_path / "cache")
+
+
+def test_kinds_are_those_of_every_file_of_a_source(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_records(folder / "train-00000-of-00002.jsonl", [{"text": "one"}])
+    write_records(folder / "train-00001-of-00002.jsonl", [chat("a", "b")])
+    assert kinds_of([str(folder)], None, tmp_path / "cache") == {"text", "conversation"}
+
+
+def test_a_file_of_no_known_shape_is_refused_by_its_first_records(tmp_path: Path) -> None:
+    wrong = [{"question": "a", "answer": "b"}]
+    path = write_records(tmp_path / "chats.jsonl", [*wrong * 8, chat("a", "b")])
+    # What is behind them is not looked at: it might be many gigabytes.
+    with pytest.raises(UserError, match=r"chats.jsonl has no .*found answer, question"):
+        kinds_of([path], None, tmp_path / "cache")
+    write_records(tmp_path / "chats.jsonl", [*wrong * 7, chat("a", "b")])
+    assert kinds_of([path], None, tmp_path / "cache") == {"conversation"}
+    empty = [{"messages": []}]
+    write_records(tmp_path / "chats.jsonl", [*empty * 99, {"text": "a"}])
+    assert kinds_of([path], None, tmp_path / "cache") == {"text"}
+    write_records(tmp_path / "chats.jsonl", [*empty * 100, {"text": "a"}])
+    with pytest.raises(UserError, match=r"first 100 records are bad; the first one, line 1: .*no "):
+        kinds_of([path], None, tmp_path / "cache")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data beside the checkout")

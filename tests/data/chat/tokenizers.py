@@ -110,6 +110,34 @@ _LLAMA_3 = (
 _ASKING = "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
 LLAMA_3_FIRST = _LLAMA_3 + _ASKING
 LLAMA_3 = _LLAMA_3 + "{% if add_generation_prompt %}" + _ASKING + "{% endif %}"
+# Of meta-llama/Llama-3.2-1B-Instruct, without its tools.
+LLAMA_32 = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Cutting Knowledge Date: December 2023\\n" }}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
 # Of mistralai/Mistral-7B-Instruct-v0.1 and, without its tools, of v0.3.
 MISTRAL_1 = (
     "{{ bos_token }}{% for message in messages %}"
@@ -164,6 +192,14 @@ UNFIT = {
         "{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         "rewrites earlier turns when others follow",
+    ),
+    "thinks": (
+        # As Qwen3's: the last answer has thoughts, and loses the newlines in front.
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n"
+        "{{ m.content.lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "as those of models that think (Qwen3, DeepSeek-R1)",
     ),
     "forgets": (
         "{% for m in messages[-2:] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
