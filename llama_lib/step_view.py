@@ -73,7 +73,7 @@ def show_step(save_dir: str, step: int) -> None:
         for part in passages:
             tokens = f"tokens {part.start} to {part.start + part.length - 1}"
             if options.script == "finetune":
-                print(f"  {part.file} {part.number}: {part.length} tokens")
+                print(f"  record {part.number} of {part.file}: {part.length} tokens")
             elif options.data.streaming:
                 print(f"  {part.source}: record {part.number} of {part.file}, {tokens}")
             else:
