@@ -50,8 +50,10 @@ class Rows:
 
 
 def records() -> list[list[dict[str, str]]]:
-    """The built-in sample: lists of {"role", "content"}."""
-    return [record["messages"] for record in sample_conversations()]
+    """Of the built-in sample, lists of {"role", "content"}: single questions, and those with a
+    system message."""
+    found = [record["messages"] for record in sample_conversations()]
+    return [turns for turns in found if len(turns) == 2 or turns[0]["role"] == "system"]
 
 
 @functools.cache
