@@ -99,7 +99,7 @@ def test_killed_and_resumed_is_the_same_run(
     assert [record["step"] for record in broken.records] == list(range(1, STEPS + 1))
     for expected, found in zip(straight.records, broken.records, strict=True):
         assert {k: found[k] for k in COMPARED} == {k: expected[k] for k in COMPARED}
-    assert straight.records[-1]["loss"] < straight.records[0]["loss"] - 0.3
+    assert straight.records[-1]["loss"] < straight.records[0]["loss"] - 0.05
     assert broken.batches() == straight.batches()
     assert len(straight.batches()) == 2 * STEPS
     for name in ("samples", "tokens", "epoch", "scaler", "schedule", "best"):
