@@ -144,7 +144,7 @@ def test_clashing_meta_is_no_obstacle(tmp_path: Path) -> None:
         (b'{"text": "\xff"}', "not UTF-8"),
         (b'{"text": "\\ud800"}', "half a surrogate pair"),
         (b'{"text": "\xed\xa0\x80"}', "not UTF-8 at byte 10"),
-        (b'{"text": "a\x01"}', "Invalid control character at at column 12"),
+        (b'{"text": "a\x01"}', "Invalid control character at column 12"),
         (b'{"text": "a"} x', "Extra data at column 15"),
         (b'{"text": "a", "n": 01}', "at column 21"),
         (b'{"text": "a", "n": NaN', "Expecting ',' delimiter at column"),
