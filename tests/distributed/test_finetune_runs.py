@@ -110,11 +110,21 @@ def test_killed_and_resumed_is_the_same_run(
 def finished(
     chat_flags: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Folder, Outcome]:
-    """One process, a rate so high that an early checkpoint is the best; only one is to be kept."""
+    """One process; the held-out answers are words that training makes less likely with every step,
+    so an early checkpoint is the best, and only one is to be kept."""
     folder = Folder(tmp_path_factory.mktemp("finished"))
-    wild = "-p zero2 -b 8 --max_steps 12 -i 2 --keep_last 1 --lr 5e-2 -s 0 --gradient_clipping 0"
-    wild += " --eval_interval 3 --sample_prompts red"
-    outcome = run("finetune.py", folder.arguments(*chat_flags, *wild.split()), folder.log("run"))
+    answers = {"chats": "red green blue grey " * 3, "held_out": "sea sky hill tree " * 3}
+    for name, answer in answers.items():
+        turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": answer}]
+        lines = (json.dumps({"messages": turns}) + "\n") * 200
+        (folder.root / f"{name}.jsonl").write_text(lines)
+    flags = list(chat_flags)
+    flags[flags.index("-d") + 1] = str(folder.root / "chats.jsonl")
+    at = flags.index("--eval_ratio")
+    flags[at : at + 2] = ["--eval_data", str(folder.root / "held_out.jsonl")]
+    flags[flags.index("--lr") + 1] = "1e-2"
+    once = "-p zero2 -b 8 --max_steps 12 -i 2 --keep_last 1 --eval_interval 3 --sample_prompts red"
+    outcome = run("finetune.py", folder.arguments(*flags, *once.split()), folder.log("run"))
     assert outcome.code == 0, outcome.output
     return folder, outcome
 
@@ -126,7 +136,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(finished: tuple[Folder, Out
     assert all(0 <= record["accuracies"]["all"] <= 1 for record in measured)
     losses = {r["step"]: r["losses"]["all"] for r in measured if r["step"] % 2 == 0}
     best = min(losses, key=losses.__getitem__)
-    assert best < 12, "the last checkpoint is the best: nothing to keep beside it"
+    assert best < 12, "training does not make the held-out answers less likely"
     names = [directory.name for directory in step_directories(folder.save_dir)]
     assert names == ["step-00000012", f"step-{best:08}"]
     assert (folder.save_dir / "best").read_text() == f"step-{best:08}\n"
