@@ -25,11 +25,11 @@ LAYOUTS = {
     "zero2": "-p zero2 -b 16",
     "zero2_cpu": "-p zero2_cpu -b 8 --accumulation_steps 2",
     "zero2_other_roles": "-p zero2 -b 16 --other_role_weight 0.1",
-    "zero2_lora": "-p zero2 -b 16 --lora_rank 4 --chat_template llama-2",
+    "zero2_lora": "-p zero2 -b 16 --lora_rank 4 --lora_alpha 64 --chat_template llama-2",
     "gemini": "-p gemini -b 16",
     "gemini_auto": "-p gemini_auto -b 16",
     "hybrid_zero1": "-p hybrid_parallel -b 16",
-    "hybrid_lora": "-p hybrid_parallel -b 16 --lora_rank 4 --chat_template llama-2",
+    "hybrid_lora": "-p hybrid_parallel -b 16 --lora_rank 4 --lora_alpha 64 --chat_template llama-2",
     "tp2": "-p hybrid_parallel --tp 2 -b 32",
     "pp2": "-p hybrid_parallel --pp 2 -b 32 --microbatch_size 8 --no_packing",
     "all_to_all": "-p hybrid_parallel --sp 2 --sp_mode all_to_all -b 32 --no_packing",
@@ -99,7 +99,7 @@ def test_killed_and_resumed_is_the_same_run(
     assert [record["step"] for record in broken.records] == list(range(1, STEPS + 1))
     for expected, found in zip(straight.records, broken.records, strict=True):
         assert {k: found[k] for k in COMPARED} == {k: expected[k] for k in COMPARED}
-    assert straight.records[-1]["loss"] < straight.records[0]["loss"] - 0.05
+    assert straight.records[-1]["loss"] < straight.records[0]["loss"] - 0.3
     assert broken.batches() == straight.batches()
     assert len(straight.batches()) == 2 * STEPS
     for name in ("samples", "tokens", "epoch", "scaler", "schedule", "best"):
