@@ -1,10 +1,11 @@
 """Weights of a Hugging Face folder into the shards of a boosted model, tensor by tensor.
 
-Invariant: beside the model a rank never holds more than one tensor of the folder, or one chunk of
-gemini, in memory of its own: files are mapped, and every rank copies only its part out of them.
+Invariant: beside the model a rank never holds more than one tensor of the folder in memory of its
+own, or what gathering a chunk takes under gemini: files are mapped, and every rank copies only its
+part out of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama_lib import coordination
-from llama_lib.checkpoint.hybrid import cut_state, cut_weight, flat_share, gather_weight
+from llama_lib.checkpoint.hybrid import cut_state, cut_weight, flat_share, gather_blocks
 from llama_lib.checkpoint.resize import NewRows, grown_table, mean_row
 from llama_lib.checkpoint.state import gather_weights
 from llama_lib.checkpoint.tensors import (
@@ -30,6 +31,9 @@ from llama_lib.lora import base_parameters
 
 # A part of this rank's shards, and how what belongs there is cut out of the full tensor.
 Place = tuple[Tensor, Callable[[Tensor], Tensor]]
+# Where something lies in the full tensor, and what is there.
+Part = tuple[tuple[slice, ...], Tensor]
+WHOLE = (slice(None),)
 
 
 def load_weights(
@@ -165,24 +169,26 @@ def _flat_part(full: Tensor, within: slice) -> Tensor:
 # -- what has arrived -----------------------------------------------------------------------------
 
 
-def _full_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor put together again, in working precision, on every rank that has it whole.
+def _arrived(engine: Engine) -> Iterator[tuple[str, Iterable[Part]]]:
+    """The parts that make every tensor, in working precision, on every rank that can have them.
 
-    Gemini has one copy, which rank 0 gets; of the other plugins every replica is its own.
+    Gemini has one copy, which rank 0 gets; of the other plugins every replica is its own. All ranks
+    iterate to the end.
     """
     if engine.layout.plugin.startswith("gemini"):
-        yield from gather_weights(engine)
+        for name, tensor in gather_weights(engine):
+            yield name, [(WHOLE, tensor)]
         return
     for name, parameter in base_parameters(engine.module):
         if engine.layout.plugin == "hybrid_parallel":
             io = engine.booster.checkpoint_io
-            yield name, gather_weight(parameter, engine.shapes[name], io)
+            yield name, gather_blocks(parameter, engine.shapes[name], io)
         else:
-            yield name, parameter
+            yield name, [(WHOLE, parameter)]
 
 
 def _unlike_parts(engine: Engine, source: _Source) -> list[str]:
-    """Tensors of which a part that `_full_weights` does not show is not what belongs there.
+    """Tensors of which a part that `_arrived` does not show is not what belongs there.
 
     That is the masters', and gemini's working weights, for which it shows the masters.
     """
@@ -198,11 +204,16 @@ def _check(engine: Engine, source: _Source, where: str) -> None:
     """Compare what the ranks hold together with the files; every rank raises the same."""
     names: list[str] = []
     wrong, infinite = _unlike_parts(engine, source), []
-    for name, tensor in _full_weights(engine):
+    for name, parts in _arrived(engine):
         names.append(name)
-        if not _is_finite(tensor):
-            infinite.append(name)
-        elif not same_values(tensor, source.tensor(name)):
+        stored, compared = source.tensor(name), 0
+        for place, values in parts:
+            compared += values.numel()
+            if not _is_finite(values):
+                infinite.append(name)
+            elif not same_values(values, stored[place]):
+                wrong.append(name)
+        if compared != stored.numel():
             wrong.append(name)
     seen, wrong, infinite = (_together(part) for part in (names, wrong, infinite))
     wrong += [name for name in engine.shapes if name not in seen]
