@@ -3,6 +3,7 @@
 Invariant: field name = flag = YAML key, unique across sections, with one meaning in all scripts.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from llama_lib.options import declared, option, read
 SCRIPTS = {
     "pretrain": "Pre-train a Llama on text, from scratch or from given weights.",
     "finetune": "Fine-tune a Llama on instructions and chats.",
+    "benchmark": "Measure throughput, TFLOPS and memory of a training run.",
 }
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "hybrid_parallel")
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -48,7 +50,7 @@ class ModelOptions:
         "shape of a new model: a name of the model table, a config.json, a folder or a hub id",
         PATH,
         short="c",
-        scripts=["pretrain"],
+        scripts=["pretrain", "benchmark"],
     )
     model_path: str | None = option(
         None, "Hugging Face folder, hub id or checkpoint whose weights training starts from", PATH
@@ -69,10 +71,24 @@ class ModelOptions:
         False,
         "tokens attend and are predicted within their own document only",
         SWITCH,
-        scripts=["pretrain"],
+        scripts=["pretrain", "benchmark"],
     )
     gradient_checkpoint: bool = option(
-        False, "recompute activations in the backward pass: less memory, slower", SWITCH, short="g"
+        False, "recompute activations in the backward pass: --recompute full", SWITCH, short="g"
+    )
+    recompute: str = option(
+        "none",
+        "activations computed again in the backward pass: none, selective (the cheap ones) or full",
+        choice("none", "selective", "full"),
+    )
+    chunked_loss: bool = option(
+        True, "logits and loss a piece at a time, where the layout allows it: less memory", SWITCH
+    )
+    compile: bool = option(False, "torch.compile the decoder layers", SWITCH)
+    kernels: str = option(
+        "auto",
+        "RMSNorm, rotary and SwiGLU: torch's or Liger's (auto: Liger's on a GPU, if installed)",
+        choice("auto", "torch", "liger"),
     )
     chat_template: str | None = option(
         None,
@@ -112,7 +128,7 @@ class DataOptions:
         PATH,
         short="d",
         many=True,
-        script_defaults={"finetune": ["yizhongw/self_instruct"]},
+        script_defaults={"finetune": ["yizhongw/self_instruct"], "benchmark": ["random"]},
     )
     task_name: str = option(
         "super_natural_instructions",
@@ -164,19 +180,19 @@ class DataOptions:
         "concat",
         "how documents fill rows: concat cuts them where a row ends, best_fit keeps them whole",
         choice("concat", "best_fit"),
-        scripts=["pretrain"],
+        scripts=["pretrain", "benchmark"],
     )
     streaming: bool = option(
         False,
         "tokenise while training, without preparing the data first",
         SWITCH,
-        scripts=["pretrain"],
+        scripts=["pretrain", "benchmark"],
     )
     shuffle_window: int = option(
         16,
         "chunks of 1 MiB among which --streaming shuffles documents",
         integer(at_least=1),
-        scripts=["pretrain"],
+        scripts=["pretrain", "benchmark"],
     )
     skip_steps: list[str] | None = option(  # noqa: RUF009
         None,
@@ -279,7 +295,23 @@ class ReportOptions:
         scripts=["finetune"],
     )
     profile: str | None = option(None, "steps to write a torch trace of", STEP_RANGE)
-    dry_run: bool = option(False, "check everything, show the plan, do not train", SWITCH)
+    num_steps: int = option(
+        25,
+        "optimizer steps to run, --ignore_steps of them included",
+        integer(2),
+        scripts=["benchmark"],
+    )
+    ignore_steps: int = option(
+        5, "first steps that are not measured", integer(1), scripts=["benchmark"]
+    )
+    output: str | None = option(None, "file for the results as JSON", PATH, scripts=["benchmark"])
+    peak_tflops: float | None = option(
+        None, "dense peak of one GPU for MFU (none: of the known cards)", POSITIVE
+    )
+    dry_run: bool = option(
+        False, "show memory, time and layout in seconds; read neither data nor weights", SWITCH
+    )
+    check: bool = option(False, "prepare and check everything, show the run, do not train", SWITCH)
     allow_untested_versions: bool = option(
         False, "go on with package versions this project is not tested with", SWITCH
     )
@@ -307,6 +339,11 @@ class Options:
     report: ReportOptions = field(default_factory=ReportOptions)
     script: str = "pretrain"
     typed: frozenset[str] = field(default=frozenset(), compare=False)
+
+    @property
+    def recompute(self) -> str:
+        """What the backward pass computes again: none, selective or full."""
+        return "full" if self.model.gradient_checkpoint else self.model.recompute
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain values by section and name; options the script does not have are left out."""
@@ -347,12 +384,22 @@ def parse_options(script: str, argv: Sequence[str] | None = None) -> Options:
 
 def _conflicts(flags: dict[str, Any], values: dict[str, Any]) -> list[str]:
     # Only a typed --accumulation_steps conflicts: a run's saved options hold both, the one derived.
+    problems = []
     if "accumulation_steps" in flags and values["global_batch_tokens"] is not None:
-        return [
+        problems.append(
             "--accumulation_steps and --global_batch_tokens set the same thing: got both, expected "
             "one; leave one out, or --global_batch_tokens none to undo the file's"
-        ]
-    return []
+        )
+    if values["gradient_checkpoint"] and values["recompute"] == "selective":
+        problems.append(
+            "--gradient_checkpoint is --recompute full: got --recompute selective too, expected one"
+        )
+    if values.get("ignore_steps", 0) >= values.get("num_steps", math.inf):
+        problems.append(
+            f"--ignore_steps {values['ignore_steps']} leaves nothing of --num_steps "
+            f"{values['num_steps']} to measure; expected fewer"
+        )
+    return problems
 
 
 def dump_yaml(options: Options, path: str | Path) -> None:

@@ -14,7 +14,7 @@ def main(script: str, argv: list[str]) -> int:
     from llama_lib.preflight import preflight
 
     run = preflight(options)
-    if options.report.dry_run:
+    if options.report.check:
         if rank() == 0:
             print("\n".join(run.notes + run.describe()))
         return 0

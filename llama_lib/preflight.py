@@ -142,10 +142,10 @@ def preflight(options: Options) -> Run:
         data, tokenizer = open_data(options, config, folder)
         chat = None
     notes += ignored_data_settings(options, data.held_out)
-    if options.report.dry_run:
+    if options.report.check:
         refused = _problems_of(_check_save_dir, options)
-        notes += [f"without --dry_run this is refused: {problem}" for problem in refused]
-    if options.report.dry_run and (options.checkpoint.load or options.data.skip_steps):
+        notes += [f"without --check this is refused: {problem}" for problem in refused]
+    if options.report.check and (options.checkpoint.load or options.data.skip_steps):
         notes.append("this is the plan of a fresh run: --load and --skip_steps act when it starts")
     layout = layout_of(options, world_size())
     rows = UNLIMITED_ROWS
@@ -252,7 +252,7 @@ def _setting_problems(options: Options) -> list[str]:
         problems += chat_option_problems(options)
     problems += _folder_problems(options)
     problems += _problems_of(_check_load, options)
-    if not options.report.dry_run:
+    if not options.report.check:
         problems += _problems_of(_check_save_dir, options)
     return problems
 
@@ -287,7 +287,7 @@ def _check_save_dir(options: Options) -> None:
 
 def _folder_problems(options: Options) -> list[str]:
     """Folders the run writes to that it may not write to; nothing is left behind by asking."""
-    if options.report.dry_run:
+    if options.report.check:
         return []
     problems = []
     for flag, folder in (

@@ -205,7 +205,7 @@ def _other_data(saved: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
 def option_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """One line for every option that differs from the saved run; the command line wins."""
     lines = []
-    silent = {"load", "dry_run", "skip_steps"}
+    silent = {"load", "dry_run", "check", "skip_steps", "peak_tflops"}
     for section, values in current.items():
         before = saved.get(section, {})
         for name, value in values.items():

@@ -63,7 +63,7 @@ def attempt(command: Command, tmp_path: Path) -> Attempt:
 
 
 def test_without_a_mistake_the_same_command_is_accepted(command, tmp_path):
-    ended = command("--dry_run")
+    ended = command("--check")
     assert (ended.code, everything_in(tmp_path)) == (0, []), ended.err
     assert missing_from(ended.out, "chat template chatml", "packed", "tokens per step") == []
 
@@ -139,7 +139,7 @@ def test_bad_conversations(attempt, tmp_path, content, parts):
 def test_bad_lines_are_counted_when_asked(command, tmp_path):
     bad = turns(("user", "a"), ("user", "b"), ("assistant", "c"))
     (tmp_path / "chats.jsonl").write_text((GOOD + "\n") * 8 + bad + "\n")
-    ended = command("-d", "chats.jsonl", "--skip_bad_lines", "--dry_run")
+    ended = command("-d", "chats.jsonl", "--skip_bad_lines", "--check")
     assert ended.code == 0, ended.err
     assert missing_from(ended.out, "1 bad", "line 9", "turn 2") == []
 
@@ -267,19 +267,19 @@ def test_a_dry_run_says_what_the_run_would_refuse(command, tmp_path):
     saved.mkdir(parents=True)
     state = {"options": {"data": {"packing": "concat", "streaming": False}}}
     (saved / "trainer_state.json").write_text(json.dumps(state))
-    ended = command("--dry_run")
+    ended = command("--check")
     assert ended.code == 0, ended.err
     words = "--save_dir checkpoint holds checkpoints of pretrain.py; choose another one"
-    assert f"without --dry_run this is refused: {words}" in ended.out
+    assert f"without --check this is refused: {words}" in ended.out
     refused = command()
     assert refused.code == 2 and words in refused.err
 
 
 def test_warm_up_is_a_part_of_the_run(command):
-    ended = command("--dry_run", "-e", "20")  # 20 rows, two a step
+    ended = command("--check", "-e", "20")  # 20 rows, two a step
     assert "200 steps" in ended.out and "--warmup_steps is 6: 3% of the steps" in ended.out
     assert "warm-up 6 steps = 3% of the run" in ended.out
-    typed = command("--dry_run", "-e", "20", "-s", "9")
+    typed = command("--check", "-e", "20", "-s", "9")
     assert "warm-up 9 steps" in typed.out and "--warmup_steps is" not in typed.out
 
 
@@ -291,21 +291,21 @@ def test_a_prompt_longer_than_a_row(attempt):
 def test_few_held_out_conversations_are_pointed_out(command, tmp_path):
     chats = [turns(("user", f"say {i}"), ("assistant", "cat")) for i in range(30)]
     (tmp_path / "chats.jsonl").write_text("\n".join(chats))
-    few = command("-d", "chats.jsonl", "--dry_run", "--eval_ratio", "0.01")
+    few = command("-d", "chats.jsonl", "--check", "--eval_ratio", "0.01")
     assert few.code == 0 and "conversation(s) are held out: their loss says" in few.out
-    many = command("-d", "chats.jsonl", "--dry_run", "--eval_ratio", "0.8")
+    many = command("-d", "chats.jsonl", "--check", "--eval_ratio", "0.8")
     assert many.code == 0 and "conversation(s) are held out" not in many.out
 
 
 def test_settings_of_adapters_without_adapters(command):
-    ended = command("--lora_alpha", "64", "--lora_targets", "q_proj", "--dry_run")
+    ended = command("--lora_alpha", "64", "--lora_targets", "q_proj", "--check")
     parts = ["--lora_alpha is ignored without --lora_rank", "--lora_targets is ignored"]
     assert ended.code == 0 and missing_from(ended.out, *parts) == []
 
 
 def test_a_setting_without_effect_is_said(command):
     ended = command(
-        "--task_name", "x", "--loss_role", "all", "--other_role_weight", "0.5", "--dry_run"
+        "--task_name", "x", "--loss_role", "all", "--other_role_weight", "0.5", "--check"
     )
     assert ended.code == 0, ended.err
     parts = ["--task_name is ignored", "--other_role_weight is ignored"]

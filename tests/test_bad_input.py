@@ -56,7 +56,7 @@ def attempt(command: Command, tmp_path: Path) -> Attempt:
 
 
 def test_without_a_mistake_the_same_command_is_accepted(command, tmp_path):
-    ended = command("--dry_run")
+    ended = command("--check")
     assert (ended.code, everything_in(tmp_path)) == (0, [])
     assert "tokens per step" in ended.out
 
@@ -163,7 +163,7 @@ def test_shares_and_held_out_text_together(command, words, stream):
     for name in ("a", "b", "held_out"):
         Path(f"{name}.jsonl").write_text(text.replace("cats", f"cats {name}"))
     argv = ["-d", "a.jsonl:0.7", "b.jsonl:0.3", "--eval_data", "held_out.jsonl"]
-    ended = command(*argv, *stream, "--dry_run")
+    ended = command(*argv, *stream, "--check")
     assert ended.code == 0, ended.err
 
 
@@ -171,10 +171,10 @@ def test_a_run_goes_on_with_its_own_specs(command):
     """The file of a run holds every option, defaults included, which nobody typed."""
     parsed = parse_options("pretrain", [*STREAM, "-d", "sample"])
     dump_yaml(parsed, "specs.yaml")
-    ended = command("--spec_file", "specs.yaml", "--dry_run")
+    ended = command("--spec_file", "specs.yaml", "--check")
     assert ended.code == 0, ended.err
     dump_yaml(parse_options("pretrain", ["-d", "sample"]), "specs.yaml")
-    ended = command("--spec_file", "specs.yaml", "--dry_run")
+    ended = command("--spec_file", "specs.yaml", "--check")
     assert ended.code == 0, ended.err
     assert "is ignored" not in ended.out
 
@@ -189,7 +189,7 @@ def test_rows_do_not_say_where_documents_end(command, words):
     ended = command("-d", "rows.parquet", "--document_mask")
     assert (ended.code, ended.out) == (2, "")
     assert missing_from(ended.err, "--document_mask", "ready-made rows", "best_fit") == []
-    assert command("-d", "rows.parquet", "--dry_run").code == 0
+    assert command("-d", "rows.parquet", "--check").code == 0
     ended = command("-d", "rows.parquet", "--document_mask", *STREAM)
     assert (ended.code, ended.out) == (2, "")
     assert "ready-made rows" in ended.err
