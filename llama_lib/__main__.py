@@ -17,6 +17,8 @@ COMMANDS = {
     "verify": ("llama_lib.checkpoint.verify:main", "check a checkpoint's files, names and shapes"),
     "generate": ("llama_lib.inference:generate_main", "continue a prompt, or talk to a chat model"),
     "evaluate": ("llama_lib.inference:evaluate_main", "loss of a checkpoint on held-out text"),
+    "plan": ("llama_lib.planner.command:main", "memory and time of a run, before it, without GPUs"),
+    "compare": ("llama_lib.compare:main", "set results of benchmark.py side by side"),
 }
 
 

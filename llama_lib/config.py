@@ -124,7 +124,8 @@ class DataOptions:
     dataset: list[str] = option(  # noqa: RUF009
         ["togethercomputer/RedPajama-Data-1T-Sample"],
         "what to train on: sample, files, folders, globs, hub names; pretrain.py also takes"
-        " prepared or Megatron token files; NAME[N] takes N of it, NAME:0.7 a share of the tokens",
+        " prepared or Megatron token files; NAME[N] takes N of it, NAME:0.7 a share of the tokens;"
+        " random, in benchmark.py only: rows of random ids",
         PATH,
         short="d",
         many=True,
@@ -199,6 +200,7 @@ class DataOptions:
         "leave out the rows of these steps, STOP excluded, as counted without this option",
         STEP_RANGE,
         many=True,
+        scripts=["pretrain", "finetune"],
     )
 
 
@@ -219,6 +221,14 @@ class ParallelOptions:
     microbatch_size: int | None = option(
         None, "rows per pipeline micro-batch; needs --pp above 1", integer(at_least=1)
     )
+    pp_style: str = option(
+        "1f1b",
+        "order of a pipeline's micro-batches; interleaved: several parts of the model per stage",
+        choice("1f1b", "interleaved"),
+    )
+    num_model_chunks: int = option(
+        1, "parts of the model per stage (--pp_style interleaved: 2 or more)", integer(at_least=1)
+    )
     offload_optim_frac: float = option(
         0.0, "share of the optimizer state kept in host memory (gemini)", FRACTION
     )
@@ -229,7 +239,9 @@ class ParallelOptions:
 
 @dataclass
 class TrainingOptions:
-    num_epochs: int = option(1, "passes over the data", integer(at_least=1), short="e")
+    num_epochs: int = option(
+        1, "passes over the data", integer(at_least=1), short="e", scripts=["pretrain", "finetune"]
+    )
     batch_size: int = option(2, "rows per GPU and forward pass", integer(at_least=1), short="b")
     accumulation_steps: int = option(
         1, "forward and backward passes per optimizer step", integer(at_least=1)
@@ -237,8 +249,18 @@ class TrainingOptions:
     global_batch_tokens: int | None = option(
         None, "tokens per optimizer step; sets --accumulation_steps", TOKENS
     )
-    max_steps: int | None = option(None, "end after this many optimizer steps", integer(at_least=1))
-    max_tokens: int | None = option(None, "end after this many tokens, padding included", TOKENS)
+    max_steps: int | None = option(
+        None,
+        "end after this many optimizer steps",
+        integer(at_least=1),
+        scripts=["pretrain", "finetune"],
+    )
+    max_tokens: int | None = option(
+        None,
+        "end after this many tokens, padding included",
+        TOKENS,
+        scripts=["pretrain", "finetune"],
+    )
     lr: float = option(3e-4, "highest learning rate", POSITIVE)
     weight_decay: float = option(
         0.1, "decoupled weight decay, not on norms and biases", NOT_NEGATIVE, short="w"
@@ -248,6 +270,7 @@ class TrainingOptions:
         "optimizer steps of linear warm-up (untyped in finetune.py: 3% of the steps)",
         integer(at_least=0),
         short="s",
+        script_defaults={"benchmark": 0},
     )
     gradient_clipping: float = option(
         1.0, "largest gradient norm of a step (0: not clipped)", NOT_NEGATIVE
@@ -262,14 +285,26 @@ class TrainingOptions:
 
 @dataclass
 class CheckpointOptions:
-    save_interval: int = option(
-        1000, "steps between checkpoints; the last step is always saved", integer(1), short="i"
+    save_interval: int | None = option(
+        1000,
+        "steps between checkpoints; the last step is always saved (benchmark.py: none untyped)",
+        integer(1),
+        short="i",
+        script_defaults={"benchmark": None},
     )
     save_dir: str = option(
-        "checkpoint", "folder of the run's checkpoints and logs", PATH, short="o"
+        "checkpoint",
+        "folder of the run's checkpoints and logs",
+        PATH,
+        short="o",
+        script_defaults={"benchmark": "benchmark_run"},
     )
     load: str | None = option(
-        None, "checkpoint to resume from, or auto: the newest whole one", PATH, short="f"
+        None,
+        "checkpoint to resume from, or auto: the newest whole one",
+        PATH,
+        short="f",
+        scripts=["pretrain", "finetune"],
     )
     keep_last: int | None = option(
         None, "newest checkpoints to keep (none: all)", integer(at_least=1)
@@ -279,13 +314,20 @@ class CheckpointOptions:
 @dataclass
 class ReportOptions:
     tensorboard_dir: str = option(
-        "tb_logs", "folder of TensorBoard events and metrics.jsonl", PATH, short="t"
+        "tb_logs",
+        "folder of TensorBoard events and metrics.jsonl (in benchmark.py only if it is given)",
+        PATH,
+        short="t",
+        script_defaults={"benchmark": "benchmark_run"},
     )
     log_interval: int = option(10, "steps between records", integer(at_least=1))
     eval_interval: int = option(0, "steps between held-out losses (0: off)", integer(at_least=0))
     eval_steps: int = option(20, "batches per held-out loss and source", integer(at_least=1))
     sample_interval: int = option(
-        0, "steps between generated text samples (0: off)", integer(at_least=0)
+        0,
+        "steps between generated text samples (0: off)",
+        integer(at_least=0),
+        scripts=["pretrain", "finetune"],
     )
     sample_prompts: list[str] | None = option(  # noqa: RUF009
         None,

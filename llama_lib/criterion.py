@@ -52,12 +52,12 @@ class Criterion:
 
     def loss_sum(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sum of the token losses in fp32, each times its weight."""
-        targets, counts = self._targets(logits.device, labels, weights)
+        targets, counts = self.targets(logits.device, labels, weights)
         return (self._token_losses(logits, targets) * counts).sum()
 
     def score(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """[`loss_sum`, labels that are the likeliest token, labels] in fp64."""
-        targets, counts = self._targets(logits.device, labels, weights)
+        targets, counts = self.targets(logits.device, labels, weights)
         loss = (self._token_losses(logits, targets) * counts).sum()
         correct = (self._guesses(logits) == targets).sum()  # no id is -100
         return torch.stack([loss.double(), correct.double(), (targets != IGNORED).sum().double()])
@@ -69,7 +69,7 @@ class Criterion:
         dist.all_gather(parts, row.contiguous(), group=self.tp_group)
         return torch.cat(parts)[: self.vocab_size]
 
-    def _targets(
+    def targets(
         self, device: torch.device, labels: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, Tensor | float]:
         """What each of the logits' positions predicts (-100: nothing), and what that counts."""

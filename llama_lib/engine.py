@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llama_lib.attention import flash_kernel, use_flash_attention
+from llama_lib.chunked_loss import ChunkedHead, linear_cross_entropy, linear_score
 from llama_lib.config import Options
 from llama_lib.criterion import IGNORED, Criterion
 from llama_lib.devices import on_device
@@ -27,10 +28,12 @@ from llama_lib.document_attention import (
     document_positions,
     use_document_attention,
 )
-from llama_lib.layout import Layout
+from llama_lib.layout import Layout, chunked_loss_problems
 from llama_lib.lora import add_adapters, file_name
+from llama_lib.model_kernels import compile_layers, use_kernels
 from llama_lib.optim import build_optimizer, parameter_names
 from llama_lib.plugins import Setting, build_plugin, data_parallel_rank, supports_lazy_init
+from llama_lib.recompute import use_recompute
 
 logger = logging.getLogger("llama_lib")
 
@@ -203,9 +206,11 @@ class Engine:
             logger.info("document mask kernel: %s", kernel)
             self._document_mask = KERNELS[kernel]
             use_document_attention(model)
-        if options.model.gradient_checkpoint:
-            # Non-reentrant recomputation keeps the graph that ColossalAI's hooks need.
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        kernels = use_kernels(model, options.model.kernels, device, layout, options.model.compile)
+        logger.info("kernels of norms, rotary embedding and SwiGLU: %s", kernels)
+        use_recompute(model, options.recompute)
+        if options.model.compile:
+            compile_layers(model)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if adapted:
             model = add_adapters(self.booster, model, options, self.dtype)
@@ -222,9 +227,14 @@ class Engine:
         self.dp_rank = data_parallel_rank(self.plugin, layout)
         rows = options.training.batch_size * accumulation
         self.num_micro_batches = rows // (options.parallel.microbatch_size or 1)
-        self.is_last_stage = layout.pp == 1 or self.plugin.stage_manager.is_last_stage()
+        self.is_last_stage = layout.pp == 1 or self.plugin.stage_manager.is_last_stage(
+            ignore_chunk=True  # of several chunks the answer would depend on the present one
+        )
         self._masks: dict[tuple[int, int], Tensor] = {}
         self.criterion = Criterion(layout, self.plugin, config.vocab_size)
+        self._head = None
+        if options.model.chunked_loss and not chunked_loss_problems(layout):
+            self._head = ChunkedHead(self.module.lm_head, config.vocab_size)
         self._guard_optimizer()
 
     # -- inputs ------------------------------------------------------------------------------
@@ -273,12 +283,25 @@ class Engine:
         share = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
             with self._gradient_sync(last=index == len(batches) - 1):
-                logits = self.model(**self._inputs(batch)).logits
-                loss = self.criterion.loss_sum(logits, batch.labels, batch.weights) * weight
-                del logits  # the largest tensor of the step, not needed by the backward call
+                loss = self._loss_sum(batch, weight) * weight
                 self.booster.backward(loss, self.optimizer)
                 share += loss.detach()
         return share
+
+    def _loss_sum(self, batch: MicroBatch, weight: float) -> Tensor:
+        """Sum of the token losses of a forward pass, to be multiplied with `weight`."""
+        if self._head is None:
+            logits = self.model(**self._inputs(batch)).logits
+            return self.criterion.loss_sum(logits, batch.labels, batch.weights)
+        scaler = self.grad_scaler()
+        scale = weight if scaler is None else weight * scaler.scale
+        targets, counts = self.criterion.targets(self.device, batch.labels, batch.weights)
+
+        def task(hidden: Tensor, head: Tensor) -> Tensor:
+            return linear_cross_entropy(hidden, head, targets, counts, scale)
+
+        with self._head.asked_for(task):
+            return self.model(**self._inputs(batch)).logits
 
     def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Hold back the gradient exchange until the last micro-step where the plugin can."""
@@ -401,12 +424,20 @@ class Engine:
                 self._execute_pipeline(batches, criterion, None)
             else:
                 for batch in batches:
-                    logits = self.model(**self._inputs(batch)).logits
-                    totals += self.criterion.score(logits, batch.labels, batch.weights)
+                    totals += self._score(batch)
         # Pipeline stages before the last hold zero, tensor-parallel ranks the same.
         dist.all_reduce(totals)
         loss_sum, correct, labels = (totals / self.layout.tp).tolist()
         return Score(loss_sum, round(correct), round(labels))
+
+    def _score(self, batch: MicroBatch) -> Tensor:
+        """What `Criterion.score` says of one forward pass."""
+        if self._head is None:
+            logits = self.model(**self._inputs(batch)).logits
+            return self.criterion.score(logits, batch.labels, batch.weights)
+        targets, counts = self.criterion.targets(self.device, batch.labels, batch.weights)
+        with self._head.asked_for(lambda hidden, head: linear_score(hidden, head, targets, counts)):
+            return self.model(**self._inputs(batch)).logits
 
     def next_token_logits(self, input_ids: Tensor, position: int) -> Tensor:
         """Logits [vocabulary] after `input_ids[0, position]`, equal on every rank.

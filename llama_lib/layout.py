@@ -77,6 +77,16 @@ def _shared(*numbers: int) -> list[int]:
     return sorted(common)
 
 
+def chunked_loss_problems(layout: Layout) -> list[str]:
+    """Why this layout cannot compute logits and loss a piece at a time; none: it can."""
+    problems = []
+    if layout.tp > 1:
+        problems.append("--chunked_loss with --tp above 1: each process has a part of the logits.")
+    if layout.pp > 1:
+        problems.append("--chunked_loss with --pp above 1: the schedule takes the loss of logits.")
+    return problems
+
+
 def layout_problems(options: Options, world_size: int, config: Any) -> list[str]:
     """Everything about the parallel layout that cannot work, each with the values that can.
 
@@ -131,6 +141,8 @@ def layout_problems(options: Options, world_size: int, config: Any) -> list[str]
 
     if parallel.plugin == "hybrid_parallel":
         problems += _hybrid_problems(options, layout, config, heads, kv_heads)
+    if options.model.chunked_loss and "chunked_loss" in options.typed:
+        problems += chunked_loss_problems(layout)
     if options.model.document_mask:
         problems += _document_problems(options, layout, config)
     if layout.dp < 1 or layout.dp * layout.tp * layout.pp * layout.sequence_axis != world_size:
@@ -194,7 +206,7 @@ def _hybrid_problems(
         problems.append("sequence parallelism with --pp above 1 is not tested; use --pp 1.")
     if parallel.sp_mode is not None and options.model.flash_attention:
         problems.append("-a with sequence parallelism is not tested; leave out -a or --sp_mode.")
-    if parallel.sp_mode is not None and options.model.gradient_checkpoint:
+    if parallel.sp_mode is not None and options.recompute == "full":
         problems.append("-g with sequence parallelism is not tested; leave out -g or --sp_mode.")
     if layout.zero_stage not in (0, 1, 2):
         problems.append(f"--zero_stage must be 0, 1 or 2; got {layout.zero_stage}.")
@@ -205,6 +217,7 @@ def _hybrid_problems(
             f"--zero_stage {layout.zero_stage} needs -x bf16 or fp16 under hybrid_parallel; "
             "with -x fp32 use --zero_stage 0, or -p zero2."
         )
+    problems += _interleaving_problems(options, layout, layers)
     if layout.pp > 1:
         micro = parallel.microbatch_size or 1
         if training.batch_size % micro:
@@ -219,6 +232,28 @@ def _hybrid_problems(
     if config.model_type != "llama" and (layout.tp > 1 or layout.pp > 1 or layout.sp_mode):
         problems.append(f"model type {config.model_type} is not tested under --tp, --pp or --sp.")
     return problems
+
+
+def _interleaving_problems(options: Options, layout: Layout, layers: int) -> list[str]:
+    chunks = options.parallel.num_model_chunks
+    if options.parallel.pp_style == "1f1b":
+        if chunks == 1:
+            return []
+        return [f"--num_model_chunks {chunks} belongs to --pp_style interleaved."]
+    if layout.pp == 1:
+        return ["--pp_style interleaved needs --pp 2 or more."]
+    largest = layers // layout.pp
+    if largest < 2:
+        return [
+            f"--pp_style interleaved gives each of {layout.pp} stages two layers or more, and the "
+            f"model has {layers}; use --pp_style 1f1b or a smaller --pp."
+        ]
+    if not 2 <= chunks <= largest:
+        return [
+            f"--pp_style interleaved with --num_model_chunks {chunks} on {layers} layers and "
+            f"{layout.pp} stages; valid values: 2 to {largest}."
+        ]
+    return []
 
 
 def _document_problems(options: Options, layout: Layout, config: Any) -> list[str]:
@@ -339,6 +374,14 @@ def plan_batches(options: Options, layout: Layout, max_length: int, total_rows: 
             f"got {micro_batches} = batch_size {training.batch_size} x accumulation {accumulation} "
             f"/ microbatch_size {options.parallel.microbatch_size or 1}; raise --batch_size or "
             "--accumulation_steps."
+        )
+    if options.parallel.pp_style == "interleaved" and micro_batches % layout.pp:
+        raise UserError(
+            f"an interleaved pipeline of {layout.pp} stages needs a multiple of {layout.pp} "
+            f"micro-batches per step; got {micro_batches} = batch_size {training.batch_size} x "
+            f"accumulation {accumulation} / microbatch_size "
+            f"{options.parallel.microbatch_size or 1}; choose another --batch_size or "
+            "--accumulation_steps, or --pp_style 1f1b."
         )
     global_batch = training.batch_size * layout.dp * accumulation
     num_steps = total_rows // global_batch

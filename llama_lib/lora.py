@@ -5,7 +5,6 @@ an adapter the name it has in peft's files; with one seed adapters begin the sam
 plugin and number of processes, and change nothing before the first step.
 """
 
-import copy
 import hashlib
 import logging
 import math
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from llama_lib.config import Options
-from llama_lib.layout import Layout
 
 # peft wraps a linear layer: the layer itself is `base_layer`, its adapters have the name "default".
 BASE_LAYER = ".base_layer."
@@ -29,59 +27,15 @@ PREFIX = "base_model.model."
 # -- options ------------------------------------------------------------------------------------
 
 
-def linear_layers(config: Any) -> list[str]:
-    """Names of the linear layers in a block of the model, in their order; the head is not one."""
-    from transformers import AutoModelForCausalLM
-
-    one_block = copy.deepcopy(config)
-    one_block.num_hidden_layers = 1
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(one_block)
-    found = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return [name.rpartition(".")[2] for name in found if ".layers." in name]
-
-
-def lora_problems(options: Options, layout: Layout, config: Any, new_tokens: int = 0) -> list[str]:
-    """What cannot work about adapters, each with what can.
-
-    Args:
-        config: the model's transformers config.
-        new_tokens: tokens that the chat template adds to the tokenizer.
-    """
-    model = options.model
-    if not model.lora_rank:
-        if model.merge_lora:
-            return ["--merge_lora has no adapters to merge: give --lora_rank too, or leave it out."]
+def new_token_problems(options: Options, new_tokens: int) -> list[str]:
+    """Why adapters cannot learn the tokens that the chat template adds to the tokenizer."""
+    if not options.model.lora_rank or not new_tokens:
         return []
-    problems = []
-    if layout.plugin.startswith("gemini"):
-        problems.append(
-            f"--lora_rank with -p {layout.plugin}: ColossalAI's gemini has no adapters; use -p "
-            "zero2, zero2_cpu or hybrid_parallel."
-        )
-    sizes = {"tp": layout.tp, "pp": layout.pp, "sp": layout.sp}
-    for name, size in sizes.items():
-        if size > 1 and not (name == "sp" and layout.sp_mode == "split_gather"):
-            problems.append(
-                f"--lora_rank with --{name} {size}: ColossalAI has adapters without tensor, "
-                f"pipeline and sequence parallelism only; use --{name} 1."
-            )
-    linear = linear_layers(config)
-    unknown = [name for name in model.lora_targets if name not in linear]
-    if unknown:
-        problems.append(
-            f"--lora_targets {' '.join(unknown)}: no linear layer in the model's blocks; valid: "
-            f"{', '.join(linear)}."
-        )
-    if not model.lora_targets:
-        problems.append(f"--lora_targets: got no layer, expected some of {', '.join(linear)}.")
-    if new_tokens:
-        problems.append(
-            f"--lora_rank trains no embeddings, and the chat template adds {new_tokens} token(s), "
-            "whose embeddings would stay as they begin; choose a --chat_template whose tokens the "
-            "tokenizer has (llama-2, mistral and plain need none), or leave out --lora_rank."
-        )
-    return problems
+    return [
+        f"--lora_rank trains no embeddings, and the chat template adds {new_tokens} token(s), "
+        "whose embeddings would stay as they begin; choose a --chat_template whose tokens the "
+        "tokenizer has (llama-2, mistral and plain need none), or leave out --lora_rank."
+    ]
 
 
 # -- building -----------------------------------------------------------------------------------

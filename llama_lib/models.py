@@ -1,14 +1,17 @@
 """The table of model shapes, and where else a shape may come from.
 
-Invariant: a name of the table is the published model to the unit; nothing here imports transformers
-before a configuration is asked for.
+Invariant: a name of the table is the published model to the unit; a `Shape` is read without torch
+and transformers, and has what transformers' configuration of the same source has.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import os
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +22,69 @@ if TYPE_CHECKING:
 
 LLAMA_TOKENIZER = "hf-internal-testing/llama-tokenizer"
 
+# ColossalAI pads the vocabulary to a multiple of this times tp (its make_vocab_size_divisible_by).
+VOCABULARY_MULTIPLE = 64
 
-def _llama(
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory, time and layout depend on in a Llama or Mistral model.
+
+    The names are those of transformers' configurations, so that code which reads one reads the
+    other too.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    model_type: str = "llama"
+    sliding_window: int | None = None
+    attention_dropout: float = 0.0
+
+
+def _shape(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **others: Any
-) -> LlamaConfig:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
+) -> Shape:
+    return Shape(
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
         **others,
     )
 
 
-def _llama1(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
+@dataclass(frozen=True)
+class _Model:
+    """A row of the table; `settings` are the rest of transformers' configuration."""
+
+    shape: Shape
+    settings: dict[str, Any]
+
+    def config(self) -> LlamaConfig | MistralConfig:
+        from transformers import LlamaConfig, MistralConfig
+
+        values = asdict(self.shape) | self.settings
+        if values.pop("model_type") == "llama":
+            del values["sliding_window"]
+            return LlamaConfig(**values)
+        del values["attention_bias"], values["mlp_bias"]
+        return MistralConfig(**values)
+
+
+def _llama1(hidden: int, intermediate: int, layers: int, heads: int) -> _Model:
     """LLaMA, arXiv 2302.13971, table 2."""
-    return _llama(
+    shape = _shape(
         hidden,
         intermediate,
         layers,
@@ -45,8 +92,8 @@ def _llama1(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaCon
         heads,
         vocab_size=32000,
         max_position_embeddings=2048,
-        rms_norm_eps=1e-6,
     )
+    return _Model(shape, {"rms_norm_eps": 1e-6})
 
 
 def _llama2(
@@ -58,9 +105,9 @@ def _llama2(
     *,
     context: int = 4096,
     vocabulary: int = 32000,
-) -> LlamaConfig:
+) -> _Model:
     """Llama 2, arXiv 2307.09288, and the small models of its shape."""
-    return _llama(
+    shape = _shape(
         hidden,
         intermediate,
         layers,
@@ -68,13 +115,13 @@ def _llama2(
         kv_heads,
         vocab_size=vocabulary,
         max_position_embeddings=context,
-        rms_norm_eps=1e-5,
     )
+    return _Model(shape, {"rms_norm_eps": 1e-5})
 
 
-def _llama3(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
+def _llama3(hidden: int, intermediate: int, layers: int, heads: int) -> _Model:
     """Llama 3, arXiv 2407.21783, table 3; the first release, with its context of 8192."""
-    return _llama(
+    shape = _shape(
         hidden,
         intermediate,
         layers,
@@ -82,47 +129,49 @@ def _llama3(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaCon
         8,
         vocab_size=128256,
         max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        bos_token_id=128000,
-        eos_token_id=128001,
     )
+    settings = {
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    }
+    return _Model(shape, settings)
 
 
-def _mistral_7b() -> MistralConfig:
+def _mistral_7b() -> _Model:
     """Mistral 7B v0.1, arXiv 2310.06825."""
-    from transformers import MistralConfig
-
-    return MistralConfig(
+    shape = _shape(
+        4096,
+        14336,
+        32,
+        32,
+        8,
         vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
         max_position_embeddings=32768,
-        rms_norm_eps=1e-5,
+        model_type="mistral",
         sliding_window=4096,
     )
+    return _Model(shape, {"rms_norm_eps": 1e-5})
 
 
-MODELS: dict[str, Callable[[], LlamaConfig | MistralConfig]] = {
-    "llama1-7b": lambda: _llama1(4096, 11008, 32, 32),
-    "llama1-13b": lambda: _llama1(5120, 13824, 40, 40),
-    "llama1-30b": lambda: _llama1(6656, 17920, 60, 52),
-    "llama1-65b": lambda: _llama1(8192, 22016, 80, 64),
-    "llama2-7b": lambda: _llama2(4096, 11008, 32, 32, 32),
-    "llama2-13b": lambda: _llama2(5120, 13824, 40, 40, 40),
-    "llama2-70b": lambda: _llama2(8192, 28672, 80, 64, 8),
-    "llama3-8b": lambda: _llama3(4096, 14336, 32, 32),
-    "llama3-70b": lambda: _llama3(8192, 28672, 80, 64),
-    "mistral-7b": _mistral_7b,
+_TABLE: dict[str, _Model] = {
+    "llama1-7b": _llama1(4096, 11008, 32, 32),
+    "llama1-13b": _llama1(5120, 13824, 40, 40),
+    "llama1-30b": _llama1(6656, 17920, 60, 52),
+    "llama1-65b": _llama1(8192, 22016, 80, 64),
+    "llama2-7b": _llama2(4096, 11008, 32, 32, 32),
+    "llama2-13b": _llama2(5120, 13824, 40, 40, 40),
+    "llama2-70b": _llama2(8192, 28672, 80, 64, 8),
+    "llama3-8b": _llama3(4096, 14336, 32, 32),
+    "llama3-70b": _llama3(8192, 28672, 80, 64),
+    "mistral-7b": _mistral_7b(),
     # Chosen for a CPU; heads and key-value heads divide by 2 and 4, so it runs under tp and sp.
-    "tiny": lambda: _llama2(256, 688, 4, 8, 4, context=512, vocabulary=4096),
+    "tiny": _llama2(256, 688, 4, 8, 4, context=512, vocabulary=4096),
     # 160m and 460m are the shapes of TeenyTinyLlama, 1.1b that of TinyLlama.
-    "160m": lambda: _llama2(768, 3072, 12, 12, 12, context=2048),
-    "460m": lambda: _llama2(1024, 4096, 24, 16, 16, context=2048),
-    "1.1b": lambda: _llama2(2048, 5632, 22, 32, 4, context=2048),
+    "160m": _llama2(768, 3072, 12, 12, 12, context=2048),
+    "460m": _llama2(1024, 4096, 24, 16, 16, context=2048),
+    "1.1b": _llama2(2048, 5632, 22, 32, 4, context=2048),
 }
 
 # The names of the original recipe: LLaMA-2 where the two share a size.
@@ -133,7 +182,12 @@ ALIASES = {
     "65b": "llama1-65b",
     "70b": "llama2-70b",
 }
-MODELS |= {alias: MODELS[name] for alias, name in ALIASES.items()}
+_TABLE |= {alias: _TABLE[name] for alias, name in ALIASES.items()}
+
+SHAPES: dict[str, Shape] = {name: model.shape for name, model in _TABLE.items()}
+MODELS: dict[str, Callable[[], LlamaConfig | MistralConfig]] = {
+    name: model.config for name, model in _TABLE.items()
+}
 
 # "sample" is the tokenizer trained on the built-in sample.
 DEFAULT_TOKENIZERS: dict[str, str] = dict.fromkeys(MODELS, LLAMA_TOKENIZER) | {
@@ -155,39 +209,135 @@ def model_config(name_or_path: str) -> LlamaConfig | MistralConfig:
 
     from transformers import LlamaConfig, MistralConfig
 
-    kinds: dict[Any, Any] = {"llama": LlamaConfig, "mistral": MistralConfig}
-    kind = content.get("model_type")
-    if kind not in kinds:
-        raise UserError(
-            f"model {name_or_path}: got the model type {kind!r}, expected one of "
-            f"{', '.join(kinds)}; give a Llama-like model to --config or --model_path"
-        )
-    return kinds[kind].from_dict(content)
+    kinds: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig}
+    return kinds[_known_kind(name_or_path, content.get("model_type"))].from_dict(content)
 
 
 def _hugging_face_config(name_or_path: str) -> dict[str, Any]:
+    path = _local_config(name_or_path)
+
+    from transformers import PretrainedConfig
+
+    try:
+        content, _ = PretrainedConfig.get_config_dict(name_or_path if path is None else str(path))
+    except (OSError, ValueError) as error:
+        if path is not None:
+            raise UserError(f"model {name_or_path}: not a model configuration: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{_not_found(name_or_path)}; the hub said: {reason}") from error
+    return content
+
+
+def _local_config(name_or_path: str) -> Path | None:
+    """The config.json of a file or folder on this machine; None for a hub id."""
     path = Path(name_or_path).expanduser()
-    is_local = path.exists()
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path / "config.json"
         inside = path / "model"
         found = (inside / "config.json").is_file()
         raise UserError(
             f"model {name_or_path}: the folder has no config.json; expected a Hugging Face folder"
             + (f", did you mean {inside}?" if found else "")
         )
-    if not is_local and not _is_hub_id(name_or_path):
+    if path.exists():
+        return path
+    if not _is_hub_id(name_or_path):
         raise UserError(_not_found(name_or_path))
+    return None
 
-    from transformers import PretrainedConfig
+
+# What transformers takes for a key that a config.json leaves out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+}
+# Keys of the other kind mean nothing to transformers' model.
+_UNUSED = {"llama": ["sliding_window"], "mistral": ["attention_bias", "mlp_bias"]}
+
+
+def model_shape(name_or_path: str) -> Shape:
+    """The shape behind a table name, a config.json, a Hugging Face folder or a hub id.
+
+    Of a hub id only what an earlier run has left in the cache is read: nothing is downloaded.
+
+    Raises:
+        UserError: there is no such model here, or it is of another kind than llama and mistral.
+    """
+    if name_or_path in SHAPES:
+        return SHAPES[name_or_path]
+    path = _local_config(name_or_path) or _cached_config(name_or_path)
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name_or_path}: not a model configuration: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"model {name_or_path}: not a model configuration: {path} is no object")
+    kind = _known_kind(name_or_path, content.get("model_type"))
+    given = {name: content[name] for name in Shape.__dataclass_fields__ if name in content}
+    values = _DEFAULTS[kind] | given | {"model_type": kind}
+    for name in _UNUSED[kind]:
+        values.pop(name, None)
+    problems = [
+        f"model {name_or_path}: {name} is {values.get(name)!r} in {path}, expected a whole number "
+        "above 0"
+        for name in _DEFAULTS["llama"]
+        if type(values.get(name)) is not int or values[name] < 1
+    ]
+    if problems:
+        raise UserError(problems)
+    heads = values["num_attention_heads"]
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = heads
+    if not values.get("head_dim"):
+        values["head_dim"] = values["hidden_size"] // heads
+    return Shape(**values)
+
+
+def _cached_config(name: str) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        content, _ = PretrainedConfig.get_config_dict(str(path) if is_local else name_or_path)
-    except (OSError, ValueError) as error:
-        if is_local:
-            raise UserError(f"model {name_or_path}: not a model configuration: {error}") from error
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{_not_found(name_or_path)}; the hub said: {reason}") from error
-    return content
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError as error:
+        raise UserError(f"{_not_found(name)}; the hub said: {error}") from error
+    if not isinstance(found, str):
+        raise UserError(
+            f"{_not_found(name)}; of a hub id only the cache is read here, and {name} is not in it"
+        )
+    return Path(found)
+
+
+def _known_kind(name_or_path: str, kind: Any) -> str:
+    if kind not in _DEFAULTS:
+        raise UserError(
+            f"model {name_or_path}: got the model type {kind!r}, expected one of "
+            f"{', '.join(_DEFAULTS)}; give a Llama-like model to --config or --model_path"
+        )
+    return kind
+
+
+def padded_vocabulary(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding and of the head under hybrid_parallel, all tensor-parallel ranks."""
+    multiple = VOCABULARY_MULTIPLE * tp
+    return math.ceil(vocab_size / multiple) * multiple
 
 
 def _is_hub_id(name: str) -> bool:

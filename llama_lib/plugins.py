@@ -92,6 +92,10 @@ def _build_hybrid(options: Options, layout: Layout, config: Any, setting: Settin
         sequence_parallelism_mode=layout.sp_mode,
         enable_flash_attention=options.model.flash_attention,
         microbatch_size=(options.parallel.microbatch_size or 1) if layout.pp > 1 else None,
+        pp_style=options.parallel.pp_style,
+        num_model_chunks=options.parallel.num_model_chunks,
+        # The interleaved schedule forgets the handle of its last send, and gloo a send without one.
+        overlap_p2p=setting.accelerated,
         initial_scale=INITIAL_SCALE,
         max_norm=_max_norm(options),
         overlap_communication=setting.accelerated,

@@ -23,10 +23,17 @@ from llama_lib.data.tokenizer import vocabulary_size
 from llama_lib.data.training_data import TrainingData
 from llama_lib.errors import UserError
 from llama_lib.launch import has_accelerator, network_problems, world_size
-from llama_lib.layout import BatchPlan, Layout, layout_of, layout_problems, plan_batches
-from llama_lib.lora import lora_problems
+from llama_lib.layout import BatchPlan, Layout, layout_of, plan_batches
+from llama_lib.model_kernels import compile_problems, kernel_problems
 from llama_lib.models import model_config
-from llama_lib.run_chat import Chat, chat_option_problems, open_chat
+from llama_lib.option_checks import (
+    UNLIMITED_ROWS,
+    chat_problems,
+    model_problems,
+    setting_problems,
+)
+from llama_lib.recompute import recompute_problems
+from llama_lib.run_chat import Chat, open_chat
 from llama_lib.run_data import (
     bend_data_defaults,
     data_option_problems,
@@ -40,9 +47,6 @@ from llama_lib.versions import check_versions
 
 # Share of warm-up of the upstream fine-tuning script.
 WARMUP_SHARE = 0.03
-
-# More rows than any run takes: the plan is then made of --max_steps and --max_tokens alone.
-UNLIMITED_ROWS = 2**62
 
 
 @dataclass
@@ -129,7 +133,7 @@ def preflight(options: Options) -> Run:
         if folder is not None and options.model.model_path is not None:
             # A checkpoint given to --load is verified as a whole when the run starts.
             problems += _weight_problems(folder, config)
-        problems = _model_problems(options, config) + problems
+        problems = model_problems(options, config, world_size()) + problems
     except UserError as error:
         problems = error.problems + problems
     if problems:
@@ -185,37 +189,6 @@ def _bend_defaults(options: Options, config: Any) -> list[str]:
     return notes
 
 
-def _model_problems(options: Options, config: Any) -> list[str]:
-    """What does not fit the model: layout, row length, global batch."""
-    problems = layout_problems(options, world_size(), config)
-    problems += lora_problems(options, layout_of(options, world_size()), config)
-    context = config.max_position_embeddings
-    if options.model.max_length > context:
-        problems.append(
-            f"--max_length {options.model.max_length} is more than the model's context of "
-            f"{context}; use at most {context}."
-        )
-    parts = layout_of(options, world_size()).sp
-    if options.parallel.sp_mode and options.model.max_length % max(1, parts):
-        problems.append(
-            f"--max_length {options.model.max_length} is not divisible into {parts} parts "
-            f"(--sp_mode {options.parallel.sp_mode})."
-        )
-    if options.model.flash_attention and config.model_type != "llama":
-        problems.append(
-            f"-a with model type {config.model_type} is not tested (ColossalAI's kernel knows no "
-            "sliding window); leave out -a."
-        )
-    if not problems:
-        # With data beyond any limit only the numbers themselves can be wrong: they are refused
-        # here, not after hours of tokenising.
-        layout = layout_of(options, world_size())
-        problems += _problems_of(
-            plan_batches, options, layout, options.model.max_length, UNLIMITED_ROWS
-        )
-    return problems
-
-
 def _weight_problems(folder: Path, config: Any) -> list[str]:
     """Tensors of --model_path that the model lacks or has in another shape (headers only)."""
     import torch
@@ -229,27 +202,14 @@ def _weight_problems(folder: Path, config: Any) -> list[str]:
 
 def _setting_problems(options: Options) -> list[str]:
     """What is wrong whatever the model and the data are."""
-    problems = network_problems()
-    gemini = options.parallel.plugin.startswith("gemini")
-    if gemini and options.training.mixed_precision == "fp32" and has_accelerator():
-        # On a CPU llama_lib.host adds it, and it passes the truth test.
-        problems.append(
-            f"-p {options.parallel.plugin} has no fp32 in ColossalAI; use -x bf16, or -p zero2."
-        )
-    if options.model.flash_attention and not has_accelerator():
-        problems.append(
-            "-a asks for ColossalAI's flash attention kernel, which needs a GPU; without -a "
-            "attention is torch's SDPA."
-        )
-    if options.parallel.microbatch_size and options.parallel.plugin != "hybrid_parallel":
-        problems.append("--microbatch_size belongs to -p hybrid_parallel with --pp above 1.")
-    if options.training.seed >= 2**32:
-        problems.append(
-            f"--seed {options.training.seed} is too large: numpy takes seeds below 2^32 = {2**32}."
-        )
+    gpu = has_accelerator()
+    layout = layout_of(options, world_size())
+    problems = network_problems() + setting_problems(options, gpu)
+    problems += recompute_problems(options, layout)
+    problems += kernel_problems(options, layout, gpu) + compile_problems(options, layout)
     problems += data_option_problems(options)
     if options.script == "finetune":
-        problems += chat_option_problems(options)
+        problems += chat_problems(options)
     problems += _folder_problems(options)
     problems += _problems_of(_check_load, options)
     if not options.report.check:

@@ -29,6 +29,7 @@ from llama_lib.evaluate import HeldOut
 from llama_lib.launch import start_process_group
 from llama_lib.preflight import Run
 from llama_lib.resume import starting_point
+from llama_lib.run_data import is_random
 from llama_lib.trainer import Trainer
 
 logger = logging.getLogger("llama_lib")
@@ -147,13 +148,15 @@ def _trainer(run: Run, engine: Engine, state: TrainerState) -> Trainer:
     part = ledger.Part(
         state.step + 1, plan.num_steps, plan.global_batch, run.data.identity, state.position
     )
-    book = ledger.LedgerWriter(options.checkpoint.save_dir, part, dist.get_rank() == 0)
+    book = None
+    if options.script != "benchmark":
+        book = ledger.LedgerWriter(options.checkpoint.save_dir, part, dist.get_rank() == 0)
     return Trainer(
         options,
         engine,
         plan,
         loader,
-        run.tokenizer,
+        None if is_random(options) else run.tokenizer,
         state,
         held_out,
         run.chat,

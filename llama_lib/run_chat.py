@@ -25,9 +25,7 @@ from llama_lib.data.tokenizer import (
 )
 from llama_lib.data.training_data import TrainingData
 from llama_lib.errors import UserError
-from llama_lib.launch import world_size
-from llama_lib.layout import layout_of
-from llama_lib.lora import lora_problems
+from llama_lib.lora import new_token_problems
 from llama_lib.run_data import is_chosen
 from llama_lib.samples import prompt_problems, read_prompts
 
@@ -66,19 +64,6 @@ class Chat:
         return lines
 
 
-def chat_option_problems(options: Options) -> list[str]:
-    """What is wrong with the options of fine-tuning, whatever the model and the data are."""
-    problems = []
-    if options.report.sample_interval and not options.report.sample_prompts:
-        problems.append("--sample_interval needs something to answer: give --sample_prompts TEXT.")
-    if options.data.min_length > options.model.max_length:
-        problems.append(
-            f"--min_length {options.data.min_length} is more than --max_length "
-            f"{options.model.max_length}: no conversation would be left."
-        )
-    return problems
-
-
 def open_chat(options: Options, config: Any, folder: Path) -> tuple[TrainingData, Any, Chat]:
     """The conversations of a run, their tokenizer, and what belongs to the template.
 
@@ -100,8 +85,7 @@ def open_chat(options: Options, config: Any, folder: Path) -> tuple[TrainingData
     if options.model.chat_template is None and tokenizer.chat_template is None:
         kinds = kinds_of(data.dataset, _task(options), data.cache_dir)
     choice = use_template(tokenizer, options.model.chat_template, kinds)
-    layout = layout_of(options, world_size())
-    if problems := lora_problems(options, layout, config, len(choice.added_tokens)):
+    if problems := new_token_problems(options, len(choice.added_tokens)):
         raise UserError(problems)
     try:
         template = ChatTemplate(tokenizer)

@@ -13,6 +13,7 @@ from llama_lib.data.entries import Entry, parse_entries
 from llama_lib.data.opening import is_tokenised
 from llama_lib.data.prepare import PrepareRequest, prepare
 from llama_lib.data.prepared import PreparedDataset
+from llama_lib.data.random_rows import RANDOM, NumberedVocabulary, random_data
 from llama_lib.data.readers import TextFile
 from llama_lib.data.sources import is_on_hub, records, resolve
 from llama_lib.data.tokenise import text_hash
@@ -37,6 +38,11 @@ def bend_data_defaults(options: Options) -> list[str]:
     if data.eval_data:
         return []
     return ["--eval_ratio is 0: a stream is read once; give --eval_data for held-out text"]
+
+
+def is_random(options: Options) -> bool:
+    """Whether the rows are random ids: -d random in benchmark.py."""
+    return options.script == "benchmark" and options.data.dataset == [RANDOM]
 
 
 def is_chosen(options: Options, name: str) -> bool:
@@ -64,8 +70,27 @@ def data_option_problems(options: Options) -> list[str]:
                 for entry in entries
                 if entry.limit is not None or entry.weight is not None
             ]
-    if options.data.streaming:
+    if options.script == "benchmark":
+        problems += _random_problems(options)
+    if options.data.streaming and not is_random(options):
         problems += _streaming_problems(options)
+    return problems
+
+
+def _random_problems(options: Options) -> list[str]:
+    data = options.data
+    if not is_random(options):
+        return [
+            f"--dataset {entry.text}: random rows cannot be mixed with others; give -d random "
+            f"alone, or -d ./{RANDOM} for a file of that name."
+            for entry in _entries(data.dataset)
+            if entry.name == RANDOM
+        ]
+    problems = []
+    if data.streaming:
+        problems.append("--streaming reads text; leave it out, or give -d some text to read.")
+    if data.eval_data:
+        problems.append("--eval_data needs a tokenizer, random rows have none; give -d real data.")
     return problems
 
 
@@ -113,7 +138,9 @@ def local_data_problems(options: Options) -> list[str]:
     """Wrong files and folders, shown beside other problems; alone, `prepare` names them."""
     cache_dir = Path(options.data.cache_dir).expanduser()
     chats = options.script == "finetune"
-    problems = []
+    problems: list[str] = []
+    if is_random(options):
+        return problems
     for entry in _entries(options.data.dataset) + _entries(options.data.eval_data or []):
         local = entry.name != "sample" and not is_on_hub(entry.name)
         if local and (chats or not is_tokenised(entry.name)):
@@ -146,6 +173,10 @@ def open_data(options: Options, config: Any, model_folder: Path | None) -> tuple
     Raises:
         UserError: the data cannot be had, or do not fit the options.
     """
+    if is_random(options):
+        vocab_size, seed = config.vocab_size, options.training.seed
+        rows = random_data(vocab_size, options.model.max_length, seed, options.model.document_mask)
+        return rows, NumberedVocabulary(vocab_size)
     try:
         if options.data.streaming:
             return _streamed(options, config, model_folder)
@@ -256,6 +287,13 @@ def _text_hashes(options: Options) -> set[int]:
 def ignored_data_settings(options: Options, held_out: PreparedDataset | None) -> list[str]:
     """One line for each typed setting that has nothing to act on."""
     notes = []
+    if is_random(options):
+        names = ("tokenizer", "packing", "shuffle_window", "eval_ratio", "skip_bad_lines")
+        return [
+            f"--{name} is ignored: the rows are random ids"
+            for name in (*names, "workers", "eval_interval")
+            if is_chosen(options, name)
+        ]
     if options.report.eval_interval and held_out is None:
         notes.append("--eval_interval is ignored: there is no held-out text (see --eval_ratio)")
     tokens = [is_tokenised(entry.name) for entry in _entries(options.data.dataset)]

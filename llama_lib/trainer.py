@@ -4,17 +4,20 @@ Invariant: after step k the run has consumed exactly the samples before its posi
 order, and stopping there and resuming changes no later number.
 """
 
+import contextlib
 import logging
 import math
-import resource
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from llama_lib import coordination, flops
+from llama_lib import coordination, result_file
 from llama_lib.checkpoint import store
 from llama_lib.checkpoint.store import TrainerState
+from llama_lib.closing import trained_on, what_next
+from llama_lib.communication import exposed_seconds, waiting_timed, with_communication
 from llama_lib.config import Options
 from llama_lib.control import Request, Requests
 from llama_lib.data.loader import BatchLoader, Rows, StepRows, rows_hash
@@ -22,18 +25,27 @@ from llama_lib.devices import on_device
 from llama_lib.engine import Engine, GradientNorm, MicroBatch
 from llama_lib.errors import RunError
 from llama_lib.evaluate import TOTAL, HeldOut, HeldOutRows, measure
+from llama_lib.garbage import Garbage
 from llama_lib.layout import BatchPlan
-from llama_lib.ledger import LedgerWriter, consumption, tokens_by_source
-from llama_lib.metrics import Console, MetricsSink, StepRecord, final_line
+from llama_lib.ledger import LedgerWriter, tokens_by_source
+from llama_lib.metrics import Console, MetricsSink, StepRecord
+from llama_lib.nonfinite import NonfiniteSteps
 from llama_lib.optim import learning_rate, set_learning_rate
 from llama_lib.profile import profiled
+from llama_lib.result_file import Loss, Result
 from llama_lib.run_chat import Chat
 from llama_lib.samples import answers, sample_text
+from llama_lib.summary import (
+    closing_lines,
+    device_name,
+    headline_memory,
+    mean_of_ranks,
+    peak_memory,
+    summarise,
+    time_shares,
+)
+from llama_lib.throughput import Throughput
 from llama_lib.timing import Stopwatch
-
-# One bad batch or a loss scale still settling is normal; ten in a row never recovered by itself in
-# the reports of users whose runs went on with NaN weights for hours.
-MAX_NONFINITE_STEPS = 10
 
 logger = logging.getLogger("llama_lib")
 
@@ -43,6 +55,7 @@ class Trainer:
 
     Args:
         loader: gives the micro-batches of this rank; its step counts from 0.
+        tokenizer: None if the rows are random ids.
         state: where the run stands; step 0 for a fresh one.
         held_out: what `eval_interval` measures, or None.
         chat: what the model is served with after fine-tuning; None in pre-training.
@@ -69,19 +82,28 @@ class Trainer:
         self.consumed_before = dict(state.consumed)
         self.consumed: dict[str, int] = {}  # training tokens of this replica's rows, by source
         self.is_main = dist.get_rank() == 0
-        self.nonfinite_steps = 0
+        self.nonfinite = NonfiniteSteps(options)
         self.saved_step = state.step if state.step else None
         self.measured: tuple[int, float] | None = None  # step and held-out loss
         self.first_step = state.step + 1
-        self.memory_mb = 0.0
         self.console = Console(plan.num_steps, state.step, self.is_main)
-        self.sink = MetricsSink(options.report.tensorboard_dir, state.step + 1, self.is_main)
-        self.flops_per_token = flops.model_flops_per_token(engine.config, plan.max_length)
-        if options.model.lora_rank:
-            adapters = sum(map(math.prod, engine.trained.values()))
-            self.flops_per_token = flops.lora_flops_per_token(
-                engine.config, plan.max_length, adapters
-            )
+        self.is_benchmark = options.script == "benchmark"
+        keeps_records = not self.is_benchmark or "tensorboard_dir" in options.typed
+        self.sink = MetricsSink(
+            options.report.tensorboard_dir, state.step + 1, self.is_main and keeps_records
+        )
+        adapters = sum(map(math.prod, engine.trained.values())) if options.model.lora_rank else 0
+        self.throughput = Throughput(
+            options,
+            engine.config,
+            plan.max_length,
+            engine.layout.world_size,
+            device_name(engine.device),
+            adapters,
+        )
+        self.garbage = Garbage()
+        self.several_gpus = engine.device.type == "cuda" and engine.layout.world_size > 1
+        self.exposed: dict[str, float] | None = None  # seconds of NCCL in a step, by phase
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -96,18 +118,26 @@ class Trainer:
         """
         requests = Requests(self.options.checkpoint.save_dir)
         request = Request()
-        self.watch = Stopwatch(self.engine.device)
         batches = self.loader.steps(self.state.step, self.plan.num_steps)
         try:
-            with profiled(self.options, self.state.step, self.say) as step_is_done:
+            with (
+                self.garbage.between_steps(),
+                self._timed(),
+                profiled(self.options, self.state.step, self.say) as step_is_done,
+            ):
                 for rows in batches:
                     requests.ask()
                     self.train_step(rows)
+                    self.garbage.step_done()
                     step_is_done()
                     request = requests.answer()
                     self.after_step(request)
+                    self.watch.ends("other")
                     if request.leave:
                         break
+                self.watch.finish()
+                if not request.leave:
+                    self.exposed = self._communication_of_a_step(rows)
         finally:
             batches.close()
             self.loader.close()
@@ -119,19 +149,35 @@ class Trainer:
         self._finish(request)
         return 128 + request.signal_number if request.signal_number else 0
 
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Starts the watch; on a CPU it hears of all waiting for other processes."""
+        ignored = self.options.report.ignore_steps if self.is_benchmark else 1
+        device = self.engine.device
+        with waiting_timed(device.type == "cpu" and self.engine.layout.world_size > 1) as waited:
+            self.watch = Stopwatch(device, ignored, waited)
+            yield
+
     def train_step(self, rows: StepRows) -> None:
         step = self.state.step + 1
         batches = [self._micro_batch(part) for part in rows.micro_batches]
+        self.watch.ends("data")
         if step == self.first_step:
             self._check_replicas(rows)
         lr = learning_rate(
             step, self.plan.num_steps, self.plan.warmup_steps, self.options.training.lr
         )
         set_learning_rate(self.engine.optimizer, lr)
-        loss = self.engine.forward_backward(batches, rows.num_labels or 1)
+        loss = self.engine.forward_backward(batches, rows.num_labels or 1).detach()
+        self.watch.ends("forward_backward")
         grad_norm = self.engine.step()
+        self.watch.step_done(self.loader.data_wait)
         self._advance(rows)
-        self._watch_norm(grad_norm)
+        if step == self.first_step:
+            self.first_loss = loss
+        self.last_loss = loss
+        if trouble := self.nonfinite.check(step, grad_norm):
+            self.say(trouble)
         if self._is_logged(step):
             logger.info("step %d batch %s", step, rows_hash(rows))
             # The one place where the loop waits for the device on its own account.
@@ -163,26 +209,33 @@ class Trainer:
             place = self.loader.source.state(rows.samples[0])
             if place:
                 self.ledger.stream_step(self.state.step, place)
-        self.watch.step_done(self.loader.data_wait)
         self.console.advance()
+
+    @contextlib.contextmanager
+    def _paused(self, phase: str) -> Iterator[None]:
+        """What is no training: `phase` is what its time is counted as."""
+        with self.watch.paused(phase), self.garbage.as_usual():
+            yield
 
     def after_step(self, request: Request) -> None:
         """Evaluate, sample and save where the step or a request asks for it."""
         step, last = self.state.step, self.state.step == self.plan.num_steps
+        interval = self.options.checkpoint.save_interval
         if request.leave:
             # Whoever asks a run to end may kill it within seconds: nothing comes before the save.
-            with self.watch.paused():
-                self._save(must_succeed=True)
+            if interval is not None:
+                with self._paused("save"):
+                    self._save(must_succeed=True)
             return
-        saves = request.save or last or step % self.options.checkpoint.save_interval == 0
+        saves = request.save or (interval is not None and (last or step % interval == 0))
         if self._is_measured(step, last, saves):
-            with self.watch.paused():
+            with self._paused("other"):
                 self._evaluate()
         if self._is_sampled(step, last):
-            with self.watch.paused():
+            with self._paused("other"):
                 self._show_samples(step)
         if saves:
-            with self.watch.paused():
+            with self._paused("save"):
                 self._save(must_succeed=last)
 
     def _is_sampled(self, step: int, last: bool) -> bool:
@@ -209,44 +262,12 @@ class Trainer:
             or (step == 1 and self.options.model.model_path is not None)
         )
 
-    def _watch_norm(self, norm: GradientNorm) -> None:
-        """Count steps without a finite gradient norm; ColossalAI has it on the host already."""
-        if norm.is_finite:
-            self.nonfinite_steps = 0
-            return
-        self.nonfinite_steps += 1
-        cause = (
-            f"gradients overflow at loss scale {norm.loss_scale:g}"
-            if norm.scaled is None
-            else f"gradient norm is {norm.value}"
-        )
-        self.say(f"step {self.state.step}: {cause}, step skipped")
-        if self.nonfinite_steps == MAX_NONFINITE_STEPS:
-            raise RunError(self._nonfinite_message(cause))
-
-    def _nonfinite_message(self, cause: str) -> str:
-        training, checkpoint = self.options.training, self.options.checkpoint
-        saved = store.step_directories(checkpoint.save_dir)
-        good = f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
-        advice = [f"a lower --lr (now {training.lr:g})", "a longer --warmup_steps"]
-        if training.mixed_precision == "fp16":
-            advice.insert(0, "-x bf16")
-        if training.gradient_clipping == 0:
-            advice.append("--gradient_clipping 1.0")
-        return (
-            f"{MAX_NONFINITE_STEPS} steps in a row were not finite, the last one step "
-            f"{self.state.step} ({cause}). No such step changed the weights; {good}. "
-            f"Try {', '.join(advice)}; then --load auto."
-        )
-
     def _record(self, step: int, loss: float, lr: float, norm: GradientNorm) -> None:
         window = self.watch.window()
         samples_per_second = window.steps * self.plan.global_batch / window.seconds
         tokens_per_second = samples_per_second * self.plan.max_length
-        self.memory_mb = max(self.memory_mb, self._peak_memory_mb())
-        tflops = flops.tflops_per_gpu(
-            self.flops_per_token, tokens_per_second, self.engine.layout.world_size
-        )
+        memory = peak_memory(self.engine.device)
+        tflops = self.throughput.tflops_per_gpu(tokens_per_second)["model"]
         record = StepRecord(
             step=step,
             tokens=self.state.tokens,
@@ -256,8 +277,8 @@ class Trainer:
             tokens_per_second=tokens_per_second,
             samples_per_second=samples_per_second,
             tflops_per_gpu=tflops,
-            mfu=self._utilization(tflops),
-            memory_mb=self.memory_mb,
+            mfu=self.throughput.mfu(tflops),
+            memory_mb=headline_memory(memory),
             data_wait_s=window.data_wait / window.steps,
             step_time_s=window.seconds / window.steps,
             loss_scale=norm.loss_scale,
@@ -272,31 +293,12 @@ class Trainer:
 
     def _check_first_loss(self, loss: float) -> None:
         bound = math.log(self.engine.config.vocab_size) - 1
-        if self.options.model.model_path and loss > bound:
+        if self.options.model.model_path and self.tokenizer is not None and loss > bound:
             self.say(
                 f"warning: the first loss {loss:.2f} looks like random weights (ln of the "
                 f"vocabulary - 1 = {bound:.2f}) although every tensor of --model_path was loaded "
                 "and compared: is this the tokenizer the model was trained with?"
             )
-
-    def _utilization(self, tflops: float) -> float | None:
-        if self.engine.device.type != "cuda":
-            return None
-        return flops.model_flops_utilization(
-            tflops,
-            torch.cuda.get_device_name(self.engine.device),
-            self.options.training.mixed_precision,
-        )
-
-    def _peak_memory_mb(self) -> float:
-        """Peak of this process in MB (2^20 bytes), the largest over all ranks."""
-        if self.engine.device.type == "cuda":
-            peak = float(torch.cuda.max_memory_allocated(self.engine.device))
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-        value = torch.tensor(peak / 2**20, device=self.engine.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return value.item()
 
     def _check_replicas(self, rows: StepRows) -> None:
         """Ranks of one model replica must see one batch, replicas different ones."""
@@ -393,36 +395,55 @@ class Trainer:
             "last_step": self.state.step,
         }
 
+    def _communication_of_a_step(self, rows: StepRows) -> dict[str, float] | None:
+        """Seconds by phase that a step waits for NCCL, from one step more under the profiler; None
+        where it cannot, or need not, be known that way."""
+        if not self.is_benchmark or not self.several_gpus:
+            return None
+        batches = [self._micro_batch(part) for part in rows.micro_batches]
+        num_labels = rows.num_labels or 1
+        return {
+            "forward_backward": exposed_seconds(
+                lambda: self.engine.forward_backward(batches, num_labels)
+            ),
+            "optimizer": exposed_seconds(self.engine.step),
+        }
+
     def _finish(self, request: Request) -> None:
-        save_dir = self.options.checkpoint.save_dir
-        self.memory_mb = max(self.memory_mb, self._peak_memory_mb())
-        timed, rate, tflops = self.watch.overall(), None, None
-        if timed.seconds:
-            rate = timed.steps * self.plan.global_batch / timed.seconds
-        if rate is not None:
-            tflops = flops.tflops_per_gpu(
-                self.flops_per_token, rate * self.plan.max_length, self.engine.layout.world_size
-            )
-        newest = store.step_directory(save_dir, self.saved_step or self.state.step)
         if request.leave:
             self.say(f"stopped after step {self.state.step} as asked")
-        self.say("trained on:")
-        for line in consumption(self.state.consumed, self.available) + self.loader.source.report():
+        if not self.is_benchmark:
+            lines = trained_on(self.state, self.loader.source, self.available)
+            lines += what_next(self.options, self.state, self.saved_step, self.chat is not None)
+            for line in lines:
+                self.say(line)
+        result, output = self._result(), self.options.report.output
+        lost = None
+        if self.is_main and output is not None:
+            try:
+                result_file.write(result, output)
+                self.say(f"result: {output}")
+            except OSError as error:
+                lost = RunError(f"--output {output} could not be written ({error.strerror}).")
+        for line in closing_lines(result):
             self.say(line)
-        if self.state.skipped_steps:
-            self.say(f"  left out by --skip_steps: {', '.join(self.state.skipped_steps)}")
-        self.say("next:")
-        self.say("  resume      the same command with --load auto")
-        self.say(f"  curves      tensorboard --logdir {self.options.report.tensorboard_dir}")
-        best = None
-        if self.state.best is not None:
-            best = store.step_directory(save_dir, self.state.best["step"])
-            self.say(f"  best        {best} (held-out loss {self.state.best['loss']:.4f})")
-        how, served = "--prompt 'Once'", newest
-        if self.chat is not None:
-            how, served = "--chat", best or newest
-        self.say(f"  try it      python -m llama_lib generate {served} {how}")
-        self.say(final_line(self.memory_mb, rate, tflops))
+        if lost is not None:
+            raise lost
+
+    def _result(self) -> Result:
+        """What was measured; called by all ranks."""
+        phases = mean_of_ranks(self.watch.phases)
+        if self.exposed is not None:
+            phases = with_communication(phases, self.exposed, len(self.watch.seconds))
+        return summarise(
+            self.engine,
+            self.plan,
+            self.throughput,
+            self.watch,
+            time_shares(phases, self.exposed is not None or not self.several_gpus),
+            peak_memory(self.engine.device),
+            Loss(*(self.engine.reduce_loss(loss) for loss in (self.first_loss, self.last_loss))),
+        )
 
     def say(self, text: str) -> None:
         """One line on the console of rank 0 and in every rank's log file."""

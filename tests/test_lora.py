@@ -17,7 +17,8 @@ from llama_lib.checkpoint import store, verify  # noqa: E402
 from llama_lib.checkpoint.adapters import other_base  # noqa: E402
 from llama_lib.config import Options, parse_options  # noqa: E402
 from llama_lib.layout import layout_of  # noqa: E402
-from llama_lib.lora import adapter_parameters, linear_layers, lora_problems, merge  # noqa: E402
+from llama_lib.lora import adapter_parameters, merge, new_token_problems  # noqa: E402
+from llama_lib.option_checks import adapter_problems  # noqa: E402
 from tests.distributed.lora_checks import (  # noqa: E402
     adapter_hash,
     base_folder,
@@ -25,7 +26,6 @@ from tests.distributed.lora_checks import (  # noqa: E402
     save,
     train_step,
 )
-from tests.distributed.plain_loop import plain_config  # noqa: E402
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu has these on a GPU", allow_module_level=True)
@@ -45,7 +45,7 @@ def base(one_process, tmp_path_factory) -> Path:
 def problems(flags: str, world_size: int = 4, new_tokens: int = 0) -> list[str]:
     options: Options = parse_options("finetune", f"-d unused --model_path unused {flags}".split())
     layout = layout_of(options, world_size)
-    return lora_problems(options, layout, plain_config("llama"), new_tokens)
+    return adapter_problems(options, layout) + new_token_problems(options, new_tokens)
 
 
 @pytest.mark.parametrize(
@@ -91,19 +91,13 @@ def test_no_targets_at_all_are_refused():
     """As a file can give them: with adapters nowhere, nothing would be trained."""
     options = parse_options("finetune", ["-p", "zero2", "--lora_rank", "8"])
     options.model.lora_targets = []
-    (found,) = lora_problems(options, layout_of(options, 1), plain_config("llama"))
+    (found,) = adapter_problems(options, layout_of(options, 1))
     assert re.search("--lora_targets: got no layer, expected some of q_proj, k_proj, ", found)
 
 
 def test_new_tokens_are_refused_because_nothing_would_train_them():
     (found,) = problems("--lora_rank 8 -p zero2", new_tokens=2)
     assert "adds 2 token(s)" in found and "--chat_template" in found
-
-
-def test_linear_layers_are_those_of_the_blocks():
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert linear_layers(plain_config("llama")) == names
-    assert linear_layers(plain_config("mistral")) == names
 
 
 # -- the same as peft ------------------------------------------------------------------------------

@@ -46,6 +46,13 @@ LAYOUTS = {
     "pp2": "-p hybrid_parallel --pp 2 -b 4",
     "pp2_accumulate": "-p hybrid_parallel --pp 2 --accumulation_steps 4",
     "pp2_microbatch2": "-p hybrid_parallel --pp 2 -b 4 --microbatch_size 2",
+    "pp2_interleaved": "-p hybrid_parallel --pp 2 -b 4 --pp_style interleaved --num_model_chunks 2",
+    "pp2_interleaved_accumulate": "-p hybrid_parallel --pp 2 --accumulation_steps 4"
+    " --pp_style interleaved --num_model_chunks 2",
+    "pp2_interleaved_microbatch2": "-p hybrid_parallel --pp 2 -b 4 --microbatch_size 2"
+    " --pp_style interleaved --num_model_chunks 2",
+    "pp2_interleaved_recompute": "-p hybrid_parallel --pp 2 -b 4 -g"
+    " --pp_style interleaved --num_model_chunks 2",
     "all_to_all": "-p hybrid_parallel --sp 2 --sp_mode all_to_all -b 4",
     "split_gather": "-p hybrid_parallel --tp 2 --sp_mode split_gather -b 4",
     "zero2_recompute": "-p zero2 -g",
@@ -54,6 +61,10 @@ LAYOUTS = {
     "pp2_recompute": "-p hybrid_parallel --pp 2 -b 4 -g",
     # four processes
     "tp2_pp2": "-p hybrid_parallel --tp 2 --pp 2 -b 4",
+    "tp2_pp2_interleaved": "-p hybrid_parallel --tp 2 --pp 2 -b 4"
+    " --pp_style interleaved --num_model_chunks 2",
+    "dp2_pp2_interleaved_zero1": "-p hybrid_parallel --pp 2 --zero_stage 1"
+    " --pp_style interleaved --num_model_chunks 2",
     "dp2_tp2": "-p hybrid_parallel --tp 2 --zero_stage 0",
     "dp2_tp2_zero1": "-p hybrid_parallel --tp 2 --zero_stage 1",
     "dp2_pp2": "-p hybrid_parallel --pp 2 --zero_stage 0",
@@ -61,6 +72,11 @@ LAYOUTS = {
     "dp2_all_to_all": "-p hybrid_parallel --sp 2 --sp_mode all_to_all --zero_stage 0",
     "dp4_gemini": "-p gemini -b 1",
     "dp4_zero2": "-p zero2 -b 1",
+}
+# The others compute logits and loss in pieces where they can; these compute all logits at once.
+LAYOUTS |= {
+    f"{name}_whole": f"{LAYOUTS[name]} --no-chunked_loss"
+    for name in ("zero2", "gemini", "hybrid_zero1", "all_to_all")
 }
 # A Mistral of the same shape.
 LAYOUTS |= {f"{name}_mistral": LAYOUTS[name] for name in ("zero2", "gemini", "hybrid_zero1")}

@@ -176,21 +176,25 @@ def truth(layout: str, precision: str, folder: Path) -> Report:
 def nonfinite(layout: str, precision: str, folder: Path) -> Report:
     """The gradients of some steps are NaN; what these change, and the curve around them."""
     engine = build(layout, precision)
-    exact = engine.criterion.loss_sum
     # Under dp one replica's NaN is enough; within a replica every rank meets it.
     strikes = engine.dp_rank == engine.layout.dp - 1
 
-    def poisoned(*logits_and_labels: Any) -> torch.Tensor:
-        return exact(*logits_and_labels) * (math.nan if strikes else 1.0)
+    # Stages of a pipeline take the loss from logits, the others where the head is.
+    place = engine.criterion if engine.layout.pp > 1 else engine
+    name = "loss_sum" if engine.layout.pp > 1 else "_loss_sum"
+    exact = getattr(place, name)
+
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        return exact(*arguments) * (math.nan if strikes else 1.0)
 
     losses, norms, changed = [], [], []
     for step in range(1, STEPS + 1):
         if step in POISONED:
             before = weight_hashes(engine), optimizer_hashes(engine)
-            engine.criterion.loss_sum = poisoned
+            setattr(place, name, poisoned)
         loss, norm = train_step(engine, step)
         if step in POISONED:
-            engine.criterion.loss_sum = exact
+            setattr(place, name, exact)
             if before != (weight_hashes(engine), optimizer_hashes(engine)):
                 changed.append(step)
         losses.append(loss)

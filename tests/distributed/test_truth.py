@@ -38,12 +38,16 @@ def worst(found: list[float | None], expected: list[float | None]) -> float:
     job_params(
         "truth",
         quick="zero2_accumulate/fp32 gemini/fp32 tp2/fp32 pp2/fp32 all_to_all/fp32"
+        " pp2_interleaved/fp32"
         " gemini_offload_all/bf16 hybrid_zero1/bf16",
         full="zero2/fp32 zero2_cpu/fp32 zero2_cpu_accumulate/fp32 gemini_accumulate/fp32"
         " gemini_offload_half/fp32 gemini_offload_optimizer/fp32 gemini_offload_all/fp32"
         " gemini_auto/fp32 gemini_auto_accumulate/fp32 hybrid_zero0/fp32"
         " hybrid_zero0_accumulate/fp32 tp2_accumulate/fp32 pp2_accumulate/fp32"
         " pp2_microbatch2/fp32 split_gather/fp32"
+        " pp2_interleaved_accumulate/fp32 pp2_interleaved_microbatch2/fp32"
+        " pp2_interleaved_recompute/fp32 pp2_interleaved/bf16"
+        " zero2_whole/fp32 gemini_whole/fp32 hybrid_zero1_whole/bf16 all_to_all_whole/fp32"
         " zero2/bf16 zero2_accumulate/bf16 zero2_cpu/bf16 gemini/bf16 gemini_accumulate/bf16"
         " gemini_offload_half/bf16 gemini_offload_optimizer/bf16 gemini_auto/bf16"
         " gemini_auto_accumulate/bf16 hybrid_zero0/bf16 hybrid_zero0_accumulate/bf16"
@@ -52,7 +56,8 @@ def worst(found: list[float | None], expected: list[float | None]) -> float:
         " all_to_all/bf16 split_gather/bf16"
         " zero2/fp16 zero2_cpu/fp16 gemini/fp16 gemini_accumulate/fp16"
         # four processes
-        " tp2_pp2/fp32 dp2_tp2/fp32 dp2_pp2/fp32 dp2_all_to_all/fp32 dp4_gemini/fp32"
+        " tp2_pp2/fp32 tp2_pp2_interleaved/fp32 dp2_pp2_interleaved_zero1/bf16"
+        " dp2_tp2/fp32 dp2_pp2/fp32 dp2_all_to_all/fp32 dp4_gemini/fp32"
         " dp4_zero2/fp32 dp2_tp2_zero1/bf16 dp2_pp2_zero1/bf16",
     ),
 )

@@ -1,0 +1,1 @@
+"""What our training is measured against: the same recipe by transformers' Trainer and by hand."""

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# 70B under gemini_auto: as gemini.sh, with part of the weights and optimizer state in host memory,
+# as much as the GPUs have no room for.
+
+set -euo pipefail
+# shellcheck source=scripts/benchmark_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../benchmark_common.sh"
+
+benchmark -c 70b -p gemini_auto -x bf16 -b 2 --recompute full "$@"

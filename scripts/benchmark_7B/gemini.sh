@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# 7B under gemini: weights, gradients and optimizer state shared out among all GPUs.
+# Out of memory? gemini_auto.sh moves part of them to the hosts' memory and is slower.
+
+set -euo pipefail
+# shellcheck source=scripts/benchmark_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../benchmark_common.sh"
+
+benchmark -c 7b -p gemini -x bf16 -b 16 --recompute full "$@"
