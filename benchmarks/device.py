@@ -55,6 +55,7 @@ ROWS = (
     Row("7b", 4096, 2, "full", "zero2"),
     Row("7b", 4096, 2, "full", "trainer"),
     Row("7b", 4096, 1, "selective", "zero2"),
+    Row("7b", 4096, 1, "none", "zero2"),
     Row("1.1b", 2048, 16, "none", "zero2"),
     Row("1.1b", 2048, 16, "none", "trainer"),
     Row("1.1b", 2048, 16, "none", "barest"),

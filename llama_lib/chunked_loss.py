@@ -40,7 +40,7 @@ class ChunkedHead:
         self._head, self._vocab_size = head, vocab_size
         self._logits = head.forward
         self._task: Task | None = None
-        head.forward = self._forward
+        head.forward = self._forward  # type: ignore[method-assign, assignment]
 
     @contextlib.contextmanager
     def asked_for(self, task: Task) -> Iterator[None]:

@@ -21,12 +21,15 @@ from llama_lib.data.opening import is_tokenised
 from llama_lib.data.sources import is_on_hub, locate
 from llama_lib.errors import RunError, UserError
 from llama_lib.inference import ADAPTER, base_of, model_folder
-from llama_lib.layout import plan_batches
+from llama_lib.layout import layout_of, plan_batches
 from llama_lib.models import Shape, model_shape
 from llama_lib.option_checks import (
     UNLIMITED_ROWS,
     chat_problems,
+    compile_problems,
+    kernel_problems,
     model_problems,
+    recompute_problems,
     setting_problems,
 )
 from llama_lib.planner.advice import advice_lines, cheaper, needless_offload, offload_warning
@@ -79,13 +82,18 @@ def dry_run(options: Options) -> int:
     """
     gpu = host_gpu()
     options, notes = _as_it_would_run(options, gpu)
-    problems = setting_problems(options, has_gpu=gpu is not None)
+    has_gpu = gpu is not None
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    layout = layout_of(options, world_size)
+    problems = setting_problems(options, has_gpu)
+    problems += recompute_problems(options, layout, has_gpu)
+    problems += kernel_problems(options, has_gpu)
+    problems += compile_problems(options, layout, has_gpu)
     problems += data_option_problems(options)
     if options.script == "finetune":
         problems += chat_problems(options)
     problems += _problems_of_load(options)
     problems += missing_data(options)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     shape = None
     name = options.model.config
     try:
@@ -286,9 +294,10 @@ def _others(plan: Plan, question: Question) -> list[str]:
     if plan.job.lora_parameters or plan.options.model.document_mask or plan.job.layout.sp_mode:
         return lines  # layouts for these are few, and the checks above name them
     tokens_per_step = plan.job.tokens_per_step
-    fitting = [
-        other for other in search(replace(question, step_tokens=tokens_per_step)) if other.fits
-    ]
+    # Other layouts have other pipelines, or none: with the schedule that all of them take.
+    base = changed(plan.options, pp_style="1f1b", num_model_chunks=1)
+    asked = replace(question, options=base, step_tokens=tokens_per_step)
+    fitting = [other for other in search(asked) if other.fits]
     shown = selection(fitting, ROWS)[:ROWS]
     if not shown:
         return [*lines, "no layout fits: more GPUs are needed, or a smaller model"]

@@ -169,6 +169,7 @@ class Engine:
         module: the model inside the wrappers; its adapters and what they wrap are told apart by
             `llama_lib.lora`.
         dp_rank: which replica this process belongs to.
+        kernels: what computes norms, rotary embedding and SwiGLU.
     """
 
     def __init__(
@@ -206,8 +207,10 @@ class Engine:
             logger.info("document mask kernel: %s", kernel)
             self._document_mask = KERNELS[kernel]
             use_document_attention(model)
-        kernels = use_kernels(model, options.model.kernels, device, layout, options.model.compile)
-        logger.info("kernels of norms, rotary embedding and SwiGLU: %s", kernels)
+        self.kernels = use_kernels(
+            model, options.model.kernels, device, layout, options.model.compile
+        )
+        logger.info("kernels of norms, rotary embedding and SwiGLU: %s", self.kernels)
         use_recompute(model, options.recompute)
         if options.model.compile:
             compile_layers(model)

@@ -8,15 +8,22 @@ from typing import Any, Literal, Protocol
 
 
 class ModelShape(Protocol):
-    """What is read of a LlamaConfig or MistralConfig."""
+    """What is read of a LlamaConfig or MistralConfig, or of a `models.Shape`."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    tie_word_embeddings: bool
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
 
 
 def _head_dim(config: Any) -> int:

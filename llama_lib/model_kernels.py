@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama_lib.config import Options
 from llama_lib.launch import has_accelerator
@@ -88,7 +88,7 @@ def use_kernels(
     return "liger"
 
 
-def _use_liger(model: nn.Module, fetch_weights: bool) -> None:
+def _use_liger(model: Any, fetch_weights: bool) -> None:
     """
     Args:
         fetch_weights: gemini brings a weight when a torch operation takes it, which Liger's are

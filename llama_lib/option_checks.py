@@ -4,6 +4,9 @@ Invariant: nothing here imports torch or transformers; `--dry_run` and the start
 same of the same options.
 """
 
+import importlib.util
+import os
+import shutil
 from typing import Any
 
 from llama_lib.config import Options
@@ -40,6 +43,92 @@ def setting_problems(options: Options, has_gpu: bool) -> list[str]:
     if options.training.seed >= 2**32:
         problems.append(
             f"--seed {options.training.seed} is too large: numpy takes seeds below 2^32 = {2**32}."
+        )
+    return problems
+
+
+def recompute_problems(options: Options, layout: Layout, has_gpu: bool) -> list[str]:
+    """Why this run cannot recompute as it asks to; each with what it can."""
+    if options.recompute != "selective":
+        return []
+    problems = []
+    if layout.sp_mode == "split_gather":
+        problems.append(
+            "--recompute selective with --sp_mode split_gather would compute a matrix product of "
+            "every layer twice; use --recompute full or none."
+        )
+    if not has_gpu:
+        return problems
+    # What is kept is known by the operations of torch's SDPA; these kernels are others, and no GPU
+    # was there to try.
+    if options.model.document_mask:
+        problems.append(
+            "--recompute selective with isolated documents is not tested on a GPU, where their "
+            "attention is not torch's SDPA; use --recompute full or none."
+        )
+    if options.model.flash_attention and importlib.util.find_spec("flash_attn"):
+        problems.append(
+            "--recompute selective with -a is not tested with the flash-attn package; leave out -a "
+            "(torch's SDPA has a flash kernel too), or use --recompute full or none."
+        )
+    return problems
+
+
+def kernel_problems(options: Options, has_gpu: bool) -> list[str]:
+    """Why a typed --kernels cannot be had."""
+    if options.model.kernels != "liger":
+        return []
+    instead = "use --kernels auto or torch"
+    problems = []
+    if not has_gpu:
+        problems.append(f"--kernels liger needs an NVIDIA GPU (Triton); {instead}.")
+    elif importlib.util.find_spec("liger_kernel") is None:
+        problems.append(
+            "--kernels liger needs the package liger_kernel, which is not installed; "
+            f"pip install liger-kernel, or {instead}."
+        )
+    if options.model.compile:
+        problems.append(
+            "--kernels liger with --compile is not tested: the compiler fuses these operations "
+            f"itself; leave out --compile, or {instead}."
+        )
+    return problems
+
+
+def compile_problems(options: Options, layout: Layout, has_gpu: bool) -> list[str]:
+    """Why --compile cannot work here; each with what can."""
+    if not options.model.compile:
+        return []
+    problems = []
+    if layout.plugin.startswith("gemini"):
+        problems.append(
+            f"--compile with -p {layout.plugin}: torch.compile cannot keep the tensors gemini "
+            "makes of the weights; use -p zero2, zero2_cpu or hybrid_parallel."
+        )
+    if layout.tp > 1 or layout.sp_mode is not None:
+        problems.append(
+            "--compile with --tp above 1 or --sp_mode: torch.compile cannot follow ColossalAI's "
+            "collectives and cuts every layer into pieces; use --tp 1 without --sp_mode."
+        )
+    if options.recompute == "selective":
+        problems.append(
+            "--compile with --recompute selective: inside a compiled layer no product can be told "
+            "from what is cheap; use --recompute none or full."
+        )
+    if options.model.flash_attention:
+        problems.append("--compile with -a is not tested; leave out -a (attention is SDPA then).")
+    if options.model.document_mask and has_gpu:
+        problems.append(
+            "--compile with isolated documents is not tested on a GPU, where their attention is "
+            "compiled by itself; leave out --compile."
+        )
+    if options.model.lora_rank:
+        problems.append("--compile with --lora_rank is not tested; leave out --compile.")
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        problems.append(
+            f"--compile needs a C++ compiler; got no {compiler}. Install one, set CXX, or leave "
+            "out --compile."
         )
     return problems
 

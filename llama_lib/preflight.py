@@ -24,6 +24,7 @@ from llama_lib.data.training_data import TrainingData
 from llama_lib.errors import UserError
 from llama_lib.launch import has_accelerator, network_problems, world_size
 from llama_lib.layout import BatchPlan, Layout, layout_of, plan_batches
+from llama_lib.memory_check import plan_line, planned_job
 from llama_lib.model_kernels import compile_problems, kernel_problems
 from llama_lib.models import model_config
 from llama_lib.option_checks import (
@@ -82,14 +83,20 @@ class Run:
             f"model {model}: {num_parameters(self.config):,} parameters, "
             f"{options.training.mixed_precision}, attention {self._attention()}",
             self.layout.describe(),
-            f"tokenizer: {vocabulary_size(self.tokenizer):,} ids, hash "
-            f"{self.data.tokenizer_hash[:16]}",
+            *self._describe_tokenizer(),
             *(self.chat.lines if self.chat else []),
             f"data {words}: {self.data.lines[0]}",
             *(f"  {line}" for line in self.data.lines[1:]),
             *self.plan.describe(num_rows),
             *self._describe_repetitions(num_rows),
+            plan_line(planned_job(options, self.config, self.layout.world_size)),
         ]
+
+    def _describe_tokenizer(self) -> list[str]:
+        if self.tokenizer is None:
+            return []
+        size = vocabulary_size(self.tokenizer)
+        return [f"tokenizer: {size:,} ids, hash {self.data.tokenizer_hash[:16]}"]
 
     def _attention(self) -> str:
         if not self.options.model.document_mask:
@@ -119,7 +126,7 @@ def preflight(options: Options) -> Run:
         UserError: everything that is wrong with the configuration, in one message.
     """
     notes = check_versions(options.report.allow_untested_versions)
-    if "config" in options.typed and options.model.model_path and options.script == "pretrain":
+    if "config" in options.typed and options.model.model_path and options.script != "finetune":
         notes.append("--config is ignored: --model_path brings the shape of its weights")
     if options.script == "finetune":
         # Conversations that share a row are isolated from each other, always.

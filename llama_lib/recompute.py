@@ -19,14 +19,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+import llama_lib.host_attention  # noqa: F401  registers torch.ops.llama_lib
 from llama_lib.config import Options
 from llama_lib.launch import has_accelerator
 from llama_lib.layout import Layout
 
 _aten = torch.ops.aten
 
-# What is dear: matrix products, and every kernel that torch's SDPA chooses from. A kernel that is
-# missing here would be computed again: slower, never wrong.
+# What is dear: matrix products, every kernel that torch's SDPA chooses from, and the one of
+# llama_lib.host_attention. A kernel that is missing here would be computed again: slower, never
+# wrong.
 PRODUCTS = frozenset(
     {
         _aten.mm.default,
@@ -38,6 +40,7 @@ PRODUCTS = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
         _aten._scaled_dot_product_fused_attention_overrideable.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.llama_lib.causal_attention.default,
     }
 )
 # Tensor parallelism adds up the parts of a product in the product's own memory: what is kept then

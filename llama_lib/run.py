@@ -7,6 +7,7 @@ import logging
 import math
 import socket
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +28,9 @@ from llama_lib.engine import Engine
 from llama_lib.errors import RunError
 from llama_lib.evaluate import HeldOut
 from llama_lib.launch import start_process_group
+from llama_lib.memory_check import MemoryCheck, planned_job
 from llama_lib.preflight import Run
 from llama_lib.resume import starting_point
-from llama_lib.run_data import is_random
 from llama_lib.trainer import Trainer
 
 logger = logging.getLogger("llama_lib")
@@ -62,6 +63,21 @@ def _train(run: Run, device: torch.device) -> int:
     rows = state.samples + (run.plan.num_steps - state.step) * run.plan.global_batch
     for line in filter(None, [host.optional_packages(), *run.notes, *run.describe(rows)]):
         say(line)
+    check = MemoryCheck(planned_job(options, run.config, run.layout.world_size), device)
+    with check.explaining(options):
+        return _in_memory(run, device, state, checkpoint, check, say)
+
+
+def _in_memory(
+    run: Run,
+    device: torch.device,
+    state: TrainerState,
+    checkpoint: Path | None,
+    check: MemoryCheck,
+    say: Callable[[str], None],
+) -> int:
+    """Build the model, load what it starts from, train."""
+    options = run.options
     engine = Engine(options, run.layout, run.config, device, run.plan.accumulation)
     if options.model.lora_rank:
         count = sum(map(math.prod, engine.trained.values()))
@@ -75,7 +91,7 @@ def _train(run: Run, device: torch.device) -> int:
         if dist.get_rank() == 0:
             for line in set_aside_newer(options.checkpoint.save_dir, state.step):
                 say(line)
-    return _trainer(run, engine, state).fit()
+    return _trainer(run, engine, state, check).fit()
 
 
 def _say(text: str) -> None:
@@ -132,7 +148,7 @@ def _check_same_prompts(run: Run) -> None:
         )
 
 
-def _trainer(run: Run, engine: Engine, state: TrainerState) -> Trainer:
+def _trainer(run: Run, engine: Engine, state: TrainerState, check: MemoryCheck) -> Trainer:
     options, plan = run.options, run.plan
     loader = BatchLoader(
         run.data.open_rows(state.stream),
@@ -156,10 +172,11 @@ def _trainer(run: Run, engine: Engine, state: TrainerState) -> Trainer:
         engine,
         plan,
         loader,
-        None if is_random(options) else run.tokenizer,
+        run.tokenizer,
         state,
         held_out,
         run.chat,
         book,
         run.data.available,
+        check,
     )

@@ -13,7 +13,7 @@ from llama_lib.data.entries import Entry, parse_entries
 from llama_lib.data.opening import is_tokenised
 from llama_lib.data.prepare import PrepareRequest, prepare
 from llama_lib.data.prepared import PreparedDataset
-from llama_lib.data.random_rows import RANDOM, NumberedVocabulary, random_data
+from llama_lib.data.random_rows import RANDOM, random_data
 from llama_lib.data.readers import TextFile
 from llama_lib.data.sources import is_on_hub, records, resolve
 from llama_lib.data.tokenise import text_hash
@@ -168,7 +168,7 @@ def tokenizer_name(options: Options, model_folder: Path | None) -> str | None:
 
 
 def open_data(options: Options, config: Any, model_folder: Path | None) -> tuple[TrainingData, Any]:
-    """The data of a run and their tokenizer; what is missing is prepared first.
+    """The data of a run and their tokenizer (None: random ids); what is missing is prepared first.
 
     Raises:
         UserError: the data cannot be had, or do not fit the options.
@@ -176,7 +176,7 @@ def open_data(options: Options, config: Any, model_folder: Path | None) -> tuple
     if is_random(options):
         vocab_size, seed = config.vocab_size, options.training.seed
         rows = random_data(vocab_size, options.model.max_length, seed, options.model.document_mask)
-        return rows, NumberedVocabulary(vocab_size)
+        return rows, None
     try:
         if options.data.streaming:
             return _streamed(options, config, model_folder)

@@ -66,8 +66,17 @@ def headline_memory(memory: Memory) -> float | None:
     return memory.host if memory.allocated is None else memory.allocated
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def throughput_of(engine: Engine, sequence: int) -> Throughput:
+    """The rates of what an engine trains, `sequence` tokens to a row."""
+    options, device = engine.options, engine.device
+    return Throughput(
+        options,
+        engine.config,
+        sequence,
+        engine.layout.world_size,
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        sum(map(math.prod, engine.trained.values())) if options.model.lora_rank else 0,
+    )
 
 
 def time_shares(phases: Mapping[str, float], communication_known: bool) -> TimeShares:
@@ -111,7 +120,7 @@ def summarise(
         options=options.to_dict(),
         layout=engine.layout.describe(),
         attention=_attention(engine),
-        kernels=getattr(engine, "kernels", "torch"),
+        kernels=engine.kernels,
         versions=_versions(),
         hardware=Hardware(
             throughput.device_name,

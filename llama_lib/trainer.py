@@ -28,6 +28,8 @@ from llama_lib.evaluate import TOTAL, HeldOut, HeldOutRows, measure
 from llama_lib.garbage import Garbage
 from llama_lib.layout import BatchPlan
 from llama_lib.ledger import LedgerWriter, tokens_by_source
+from llama_lib.memory_check import STEPS as MEMORY_CHECK_STEPS
+from llama_lib.memory_check import MemoryCheck
 from llama_lib.metrics import Console, MetricsSink, StepRecord
 from llama_lib.nonfinite import NonfiniteSteps
 from llama_lib.optim import learning_rate, set_learning_rate
@@ -37,14 +39,13 @@ from llama_lib.run_chat import Chat
 from llama_lib.samples import answers, sample_text
 from llama_lib.summary import (
     closing_lines,
-    device_name,
     headline_memory,
     mean_of_ranks,
     peak_memory,
     summarise,
+    throughput_of,
     time_shares,
 )
-from llama_lib.throughput import Throughput
 from llama_lib.timing import Stopwatch
 
 logger = logging.getLogger("llama_lib")
@@ -61,6 +62,7 @@ class Trainer:
         chat: what the model is served with after fine-tuning; None in pre-training.
         ledger: where the rows of every step are written down.
         available: tokens of each source in one pass, for the report at the end.
+        memory_check: says after some steps how much memory was planned and how much is used.
     """
 
     def __init__(
@@ -75,10 +77,12 @@ class Trainer:
         chat: Chat | None = None,
         ledger: LedgerWriter | None = None,
         available: dict[str, int] | None = None,
+        memory_check: MemoryCheck | None = None,
     ) -> None:
         self.options, self.engine, self.plan, self.loader = options, engine, plan, loader
         self.tokenizer, self.state, self.held_out = tokenizer, state, held_out
         self.chat, self.ledger, self.available = chat, ledger, available or {}
+        self.memory_check = memory_check
         self.consumed_before = dict(state.consumed)
         self.consumed: dict[str, int] = {}  # training tokens of this replica's rows, by source
         self.is_main = dist.get_rank() == 0
@@ -92,15 +96,7 @@ class Trainer:
         self.sink = MetricsSink(
             options.report.tensorboard_dir, state.step + 1, self.is_main and keeps_records
         )
-        adapters = sum(map(math.prod, engine.trained.values())) if options.model.lora_rank else 0
-        self.throughput = Throughput(
-            options,
-            engine.config,
-            plan.max_length,
-            engine.layout.world_size,
-            device_name(engine.device),
-            adapters,
-        )
+        self.throughput = throughput_of(engine, plan.max_length)
         self.garbage = Garbage()
         self.several_gpus = engine.device.type == "cuda" and engine.layout.world_size > 1
         self.exposed: dict[str, float] | None = None  # seconds of NCCL in a step, by phase
@@ -221,6 +217,9 @@ class Trainer:
         """Evaluate, sample and save where the step or a request asks for it."""
         step, last = self.state.step, self.state.step == self.plan.num_steps
         interval = self.options.checkpoint.save_interval
+        if self.memory_check is not None and step == self.first_step + MEMORY_CHECK_STEPS - 1:
+            with self._paused("other"):
+                self.say(self.memory_check.line(peak_memory(self.engine.device)))
         if request.leave:
             # Whoever asks a run to end may kill it within seconds: nothing comes before the save.
             if interval is not None:
@@ -413,10 +412,9 @@ class Trainer:
         if request.leave:
             self.say(f"stopped after step {self.state.step} as asked")
         if not self.is_benchmark:
-            lines = trained_on(self.state, self.loader.source, self.available)
-            lines += what_next(self.options, self.state, self.saved_step, self.chat is not None)
-            for line in lines:
-                self.say(line)
+            is_chat = self.chat is not None
+            self._say_all(trained_on(self.state, self.loader.source, self.available))
+            self._say_all(what_next(self.options, self.state, self.saved_step, is_chat))
         result, output = self._result(), self.options.report.output
         lost = None
         if self.is_main and output is not None:
@@ -425,8 +423,7 @@ class Trainer:
                 self.say(f"result: {output}")
             except OSError as error:
                 lost = RunError(f"--output {output} could not be written ({error.strerror}).")
-        for line in closing_lines(result):
-            self.say(line)
+        self._say_all(closing_lines(result))
         if lost is not None:
             raise lost
 
@@ -444,6 +441,10 @@ class Trainer:
             peak_memory(self.engine.device),
             Loss(*(self.engine.reduce_loss(loss) for loss in (self.first_loss, self.last_loss))),
         )
+
+    def _say_all(self, lines: list[str]) -> None:
+        for line in lines:
+            self.say(line)
 
     def say(self, text: str) -> None:
         """One line on the console of rank 0 and in every rank's log file."""

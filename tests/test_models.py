@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from llama_lib.errors import UserError
 from llama_lib.flops import num_parameters
-from llama_lib.models import DEFAULT_TOKENIZERS, MODELS, model_config
+from llama_lib.models import DEFAULT_TOKENIZERS, MODELS, Shape, model_config, model_shape
 
 # As counted on the published weights (Hugging Face model cards).
 PUBLISHED = {
@@ -129,3 +130,79 @@ def test_hub_id_without_a_hub(monkeypatch):
     message = refusal("nobody/no-such-model")
     assert "no model 'nobody/no-such-model'" in message
     assert "the hub said: " in message
+
+
+# -- shapes, read without transformers -------------------------------------------------------------
+
+
+def described(config) -> Shape:
+    """What transformers' configuration says, as a Shape."""
+    names = [field.name for field in fields(Shape)]
+    values = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    if config.model_type == "llama":
+        values.pop("sliding_window", None)
+    return Shape(**values)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shape_of_the_table_is_its_config(name):
+    assert model_shape(name) == described(MODELS[name]())
+    assert num_parameters(model_shape(name)) == num_parameters(MODELS[name]())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model_type": "llama"},
+        {"model_type": "mistral"},
+        {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 4},
+        {"model_type": "mistral", "num_key_value_heads": None},
+        {"model_type": "llama", "head_dim": 64, "num_key_value_heads": 8},
+        {"model_type": "llama", "num_key_value_heads": None, "head_dim": None},
+        {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": True},
+        {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 6, "mlp_bias": True},
+        {"model_type": "llama", "sliding_window": 512, "attention_dropout": 0.1},
+        {"model_type": "mistral", "attention_bias": True},
+    ],
+)
+def test_shape_of_a_file_is_what_transformers_makes_of_it(tmp_path, content):
+    """Keys that are left out have transformers' defaults."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    expected = described(model_config(str(path)))
+    if content["model_type"] == "mistral":
+        expected = replace(expected, attention_bias=False, mlp_bias=False)
+    assert model_shape(str(path)) == model_shape(str(tmp_path)) == expected
+
+
+def test_shapes_are_refused_as_configs_are(tmp_path):
+    def shape_refusal(name) -> str:
+        with pytest.raises(UserError) as caught:
+            model_shape(str(name))
+        return str(caught.value)
+
+    assert shape_refusal("lama2-7b") == refusal("lama2-7b")
+    assert shape_refusal(tmp_path) == refusal(str(tmp_path))
+    GPT2Config().save_pretrained(tmp_path)
+    assert shape_refusal(tmp_path) == refusal(str(tmp_path))
+    path = tmp_path / "other.json"
+    for text in ("{", "[]"):
+        path.write_text(text)
+        assert "not a model configuration" in shape_refusal(path)
+    path.write_text('{"model_type": "llama", "hidden_size": "4096", "num_hidden_layers": 0}')
+    assert "hidden_size is '4096'" in shape_refusal(path)
+    assert "num_hidden_layers is 0" in shape_refusal(path)
+
+
+def test_shape_of_a_hub_id_is_read_from_the_cache_only(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="nobody/some-llama is not in it"):
+        model_shape("nobody/some-llama")
+    folder = tmp_path / "models--nobody--some-llama"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    MODELS["160m"]().save_pretrained(folder / "snapshots" / "abc")
+    assert model_shape("nobody/some-llama") == model_shape("160m")
+    with pytest.raises(UserError, match="the hub said"):
+        model_shape("no..body/some--llama")

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import Trainer
 
 from benchmarks.rivals.barest import peak_memory
 from benchmarks.rivals.job import Job, Notes, adamw, initial_model, read_job
@@ -66,6 +67,7 @@ class InOrder(Trainer):
     notes: Notes
 
     def _get_train_sampler(self) -> Sampler:
+        assert isinstance(self.train_dataset, Rows)
         return SequentialSampler(self.train_dataset)
 
     def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ same rows in the same order, and note the same moment of each step.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -128,7 +129,7 @@ class Notes:
 
     def write(self, path: str, about: dict[str, Any]) -> None:
         """One JSON object: `seconds` and `loss` of every step, and what `about` says."""
-        seconds = [b - a for a, b in zip(self.moments, self.moments[1:], strict=False)]
+        seconds = [end - start for start, end in itertools.pairwise(self.moments)]
         losses = [float(loss) for loss in self.losses]
         if len(seconds) != len(losses):
             raise SystemExit(f"{len(seconds)} steps were timed and {len(losses)} losses kept")

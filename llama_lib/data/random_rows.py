@@ -50,23 +50,12 @@ class RandomRows:
         pass
 
 
-class NumberedVocabulary:
-    """What a run asks its tokenizer, where ids stand for no text: which ids there are."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def get_vocab(self) -> dict[str, int]:
-        """Every id under its own number."""
-        return {str(number): number for number in range(self.size)}
-
-
 def random_data(vocab_size: int, max_length: int, seed: int, document_mask: bool) -> TrainingData:
     """As many random rows as a run asks for."""
     facts = f"{RANDOM} {vocab_size} {max_length} {seed}"
     return TrainingData(
         identity=hashlib.sha256(facts.encode()).hexdigest(),
-        tokenizer_hash="none: random ids",
+        tokenizer_hash="none",
         open_rows=lambda state: RandomRows(vocab_size, max_length, seed, document_mask),
         passages=lambda samples, state: [[] for _ in samples],
         lines=[f"rows of {max_length} random ids below {vocab_size:,}, seed {seed}"],

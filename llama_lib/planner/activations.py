@@ -5,8 +5,9 @@ out. All terms are measured on the CPU by saved-tensor hooks (tests/planner/test
 the fused attention kernels of CUDA keep the same tensors (query, key, value, output and the
 logarithm of the softmax's sum; aten's backward signatures), beside a few bytes of random state.
 
-Not modelled: the masks of --document_mask, and what adapters keep between their two matrices
-(rank numbers a token and layer), fused RMSNorm, rotary and SwiGLU kernels, which keep less.
+Not modelled: the masks of --document_mask; what adapters keep between their two matrices (rank
+numbers a token and linear layer; every linear layer is taken to have one); that fused RMSNorm,
+rotary and SwiGLU kernels keep less.
 """
 
 from __future__ import annotations
@@ -95,8 +96,12 @@ def _products(job: Job) -> int:
     """What selective recomputation keeps: the results of a layer's matrix products, the last one
     left out, and those of its attention kernel (llama_lib/recompute.py)."""
     sizes = sizes_of(job)
-    wide = sizes.gathered * (2 * sizes.query + 2 * sizes.key + 2 * sizes.inner)
+    linear = sizes.query + 2 * sizes.key + 2 * sizes.inner
     narrow = sizes.tokens * sizes.hidden
+    if job.lora_parameters:
+        # Every layer's own product and its adapter's: of down_proj the adapter's is the last one.
+        linear, narrow = 2 * linear, 3 * narrow
+    wide = sizes.gathered * (linear + sizes.query)
     attention = 4 * sizes.gathered * sizes.heads if job.flash else sizes.element * sizes.scores
     return sizes.element * (wide + narrow) + attention
 
@@ -151,11 +156,11 @@ def rotary_bytes(job: Job) -> int:
 
 
 def final_norm_bytes(job: Job) -> int:
-    """The norm after the last layer; its output too, which the head takes, unless the loss is
-    chunked and the head's gradients are made in the forward pass."""
+    """The norm after the last layer; its output too, for the head's gradient, unless the head is
+    frozen, or the loss is chunked and that gradient is made in the forward pass."""
     sizes = sizes_of(job)
     norm = _norm(sizes, job.lora_parameters == 0)
-    if job.chunked_loss:
+    if job.chunked_loss or job.lora_parameters:
         return norm
     return norm + sizes.element * sizes.head_tokens * sizes.hidden
 

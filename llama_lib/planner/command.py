@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(*names: str, reader: Reader | None = None, **settings: Any) -> None:
         if reader is not None:
-            settings |= {"type": _typed(reader), "metavar": reader.metavar}
+            settings = {"type": _typed(reader), "metavar": reader.metavar} | settings
         parser.add_argument(*names, **settings)
 
     one = integer(1)
@@ -99,13 +99,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", reader=one, help="GPUs of the run (default: those of this machine)")
     add("--gpus_per_host", reader=one, default=8, help="GPUs of one host (default 8)")
     add("--gpu", metavar="NAME", help="card, as a100-80gb, h100, h200 (default: this machine's)")
-    add("--gpu_memory", reader=POSITIVE, help="GiB of one GPU (default: the card's)")
-    add("--host_memory", reader=POSITIVE, help="GiB of one host (default: not compared)")
+    add("--gpu_memory", reader=POSITIVE, metavar="GIB", help="GiB of one GPU (default: the card's)")
+    add(
+        "--host_memory",
+        reader=POSITIVE,
+        metavar="GIB",
+        help="GiB of one host (default: not compared)",
+    )
     add("--peak_tflops", reader=POSITIVE, help="dense 16-bit peak of a card the table lacks")
-    add("--memory_bandwidth", reader=POSITIVE, help="GB/s of such a card's memory")
+    add("--memory_bandwidth", reader=POSITIVE, metavar="GB/S", help="GB/s of such a card's memory")
     add(
         "--interconnect",
         reader=POSITIVE,
+        metavar="GB/S",
         help="GB/s that one host sends to the others (default: of the vendor's server of the card)",
     )
     add("-l", "--max_length", reader=integer(2), help="tokens per row (default: at most 4096)")

@@ -78,14 +78,31 @@ def memory(job: Job) -> Memory:
 # -- parameters ------------------------------------------------------------------------------------
 
 
-def stage_layers(layers: int, stages: int) -> list[int]:
-    """Decoder layers of each pipeline stage; ColossalAI gives the middle ones what is left over."""
-    counts = [layers // stages] * stages
-    rest = layers % stages
-    first = stages // 2 - rest // 2
-    for stage in range(first, first + rest):
-        counts[stage] += 1
-    return counts
+def stage_layers(layers: int, stages: int, chunks: int = 1) -> list[int]:
+    """Decoder layers of each pipeline stage; ColossalAI gives the middle ones what is left over.
+
+    Args:
+        chunks: parts of the model on each stage; stage s has parts s, s + stages, ...
+    """
+    parts = stages * chunks
+    counts = [layers // parts] * parts
+    rest = layers % parts
+    first = parts // 2 - rest // 2
+    for part in range(first, first + rest):
+        counts[part] += 1
+    return [sum(counts[stage::stages]) for stage in range(stages)]
+
+
+def passes_in_flight(job: Job, stage: int) -> int:
+    """Forward passes of one part of the model that a stage has done ahead of their backward pass,
+    the one under way included, at the most."""
+    layout, chunks = job.layout, job.model_chunks
+    if layout.pp == 1:
+        return 1
+    ahead = layout.pp - stage - 1
+    if chunks > 1:  # interleaved
+        ahead = 2 * ahead + (chunks - 1) * layout.pp
+    return min(ahead + 1, job.micro_batches * chunks)
 
 
 def local_parameters(job: Job, stage: int = 0) -> tuple[int, ...]:
@@ -94,7 +111,7 @@ def local_parameters(job: Job, stage: int = 0) -> tuple[int, ...]:
     first, last = stage == 0, stage == layout.pp - 1
     embedding, head = _embedding(shape, job), _head(shape, job)
     layer = _layer_parameters(shape, layout.tp)
-    count = stage_layers(shape.num_hidden_layers, layout.pp)[stage]
+    count = stage_layers(shape.num_hidden_layers, layout.pp, job.model_chunks)[stage]
     return (
         *((embedding,) if first else ()),
         *(layer * count),
@@ -146,8 +163,9 @@ def _layer_parameters(shape: Shape, tp: int) -> tuple[int, ...]:
 class _States:
     """What a plugin keeps of the model on one process.
 
-    `device` and `host` are there at all times; the others come on top at their moment. `gradients`
-    are those of the micro-batches before, which exist beside the activations of the next one.
+    `device` is there at all times, and so is `host`, which all processes of a host have together;
+    the others come on top at their moment. `gradients` are those of the micro-batches before, which
+    exist beside the activations of the next one.
     """
 
     device: Bytes
@@ -182,8 +200,13 @@ def _zero_states(job: Job, sizes: tuple[int, ...], stage: int, offloaded: bool) 
     norm = 8 * max(shards)  # one gradient at a time in fp64
     device = {"weights": element * (frozen + padded)}
     host: Bytes = {}
+    buckets = 0
+    if job.layout.plugin == "hybrid_parallel" and ranks == job.layout.pp == 1:
+        buckets = element * sum(trained)  # the plugin wraps a single replica in torch's DDP
     if offloaded:
+        processes = _processes(job)
         host = {"master": master, "optimizer": moments, "gradients": copies}
+        host = {kind: processes * count for kind, count in host.items()}
         copies = 0
     else:
         device |= {"master": master, "optimizer": moments}
@@ -191,10 +214,13 @@ def _zero_states(job: Job, sizes: tuple[int, ...], stage: int, offloaded: bool) 
         device,
         host,
         gradients,
-        at_loss={},
-        at_end={"gradients": gradients, "buffers": reducing},
+        at_loss={"buffers": buckets},
+        at_end={"gradients": gradients, "buffers": buckets + reducing},
         # The fp32 copies are gone when the new weights are gathered.
-        at_step={"gradients": gradients + copies, "buffers": max(norm, gathering - copies)},
+        at_step={
+            "gradients": gradients + copies,
+            "buffers": buckets + max(norm, gathering - copies),
+        },
     )
 
 
@@ -246,13 +272,15 @@ def _gemini_states(job: Job, sizes: tuple[int, ...]) -> _States:
     after = element * stay
     device = {"master": MASTER * stay, "optimizer": MOMENTS * _of(used, here)}
     gradients = element * stay if accumulating else 0
+    processes = _processes(job)
+    on_host = [min(processes * part, c.used) for part, c in zip(parts, chunks, strict=True)]
     host = {
-        "weights": element * leave if accumulating else 0,
-        "gradients": element * leave,
-        "master": MASTER * leave,
-        "optimizer": MOMENTS * _of(used, away),
+        "weights": processes * element * leave if accumulating else 0,
+        "gradients": processes * element * leave,
+        "master": processes * MASTER * leave,
+        "optimizer": MOMENTS * _of(on_host, away),
         # With a GPU the plugin pins a host copy of every chunk, offloaded or not.
-        "buffers": (element * (2 if accumulating else 1) + MASTER) * stay,
+        "buffers": processes * (element * (2 if accumulating else 1) + MASTER) * stay,
     }
     return _States(
         device,
@@ -263,6 +291,11 @@ def _gemini_states(job: Job, sizes: tuple[int, ...]) -> _States:
         at_step={"weights": after, "gradients": gradients},
         evictable=weights if job.layout.plugin == "gemini_auto" else 0,
     )
+
+
+def _processes(job: Job) -> int:
+    """Processes that share a host; the first host of a run, which has no empty parts."""
+    return min(job.gpus_per_host, job.layout.world_size)
 
 
 def _of(numbers: list[int], chosen: list[bool]) -> int:
@@ -321,12 +354,11 @@ def stage_memory(job: Job, stage: int) -> Memory:
     """`memory` of one stage of a pipeline, counted from 0."""
     layout = job.layout
     states = _states(job, stage)
-    layers = stage_layers(job.shape.num_hidden_layers, layout.pp)[stage]
+    layers = stage_layers(job.shape.num_hidden_layers, layout.pp, job.model_chunks)[stage]
     first, last = stage == 0, stage == layout.pp - 1
-    # 1f1b: a stage has run as many forward passes ahead as there are stages after it, itself
-    # included.
-    in_flight = min(layout.pp - stage, job.micro_batches) if layout.pp > 1 else 1
-    saved = in_flight * micro_batch_bytes(job, layers, first, last)
+    # Of several parts one holds the embedding and one the head: counted as if each did.
+    saved = passes_in_flight(job, stage) * micro_batch_bytes(job, layers, first, last)
+    saved //= job.model_chunks
     logits = loss_peak_bytes(job) if last else 0
     recomputed = recomputed_bytes(job)
     mask = 0
@@ -344,10 +376,9 @@ def stage_memory(job: Job, stage: int) -> Memory:
         END_OF_BACKWARD: _sum(states.device, states.at_end, end, {"buffers": mask}),
         STEP: _sum(states.device, states.at_step, {"buffers": mask}),
     }
-    processes = min(job.gpus_per_host, layout.world_size)
     return Memory(
         device={kind: max(moment[kind] for moment in moments.values()) for kind in KINDS},
-        host={kind: processes * states.host.get(kind, 0) for kind in KINDS},
+        host={kind: states.host.get(kind, 0) for kind in KINDS},
         moments=moments,
         evictable=states.evictable,
         stage=stage,

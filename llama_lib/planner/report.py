@@ -76,6 +76,9 @@ def memory_lines(job: Job, need: Memory, machines: Machines, limit: Limits) -> l
 def fits_line(plan: Plan, limit: Limits, largest: int) -> str:
     """Fits or not, and the largest batch that does."""
     rows = f"the largest batch that fits is -b {largest}" if largest else "nor does -b 1"
+    if plan.job.layout.pp > 1:
+        micro = plan.job.microbatch_size
+        rows = f"in a pipeline memory goes by --microbatch_size, here {micro}, not by -b"
     if plan.fits:
         return f"fits; {rows}"
     return f"does not fit: {megabytes(excess(plan, limit))} too much; {rows}"

@@ -118,7 +118,8 @@ def step_time(job: Job, machines: Machines, evicted: int = 0) -> StepTime | None
     }
     micro_batches = job.micro_batches
     parts = {name: seconds * micro_batches for name, seconds in forward_backward.items()}
-    parts["bubble"] = (layout.pp - 1) * sum(forward_backward.values())
+    # Interleaved, a stage waits for parts of the model that are so much shorter.
+    parts["bubble"] = (layout.pp - 1) * sum(forward_backward.values()) / job.model_chunks
     backward = work.backward * micro_batches
     parts["network"] += _exchange(job, machines, backward)
     parts["optimizer"], parts["offload"] = _update(job, machines, evicted)
@@ -168,7 +169,7 @@ class _Stage:
 def _busiest_stage(job: Job) -> tuple[int, int]:
     """(layers, heads) of the stage with most work; the last stage has the head."""
     shape = job.shape
-    layers = stage_layers(shape.num_hidden_layers, job.layout.pp)
+    layers = stage_layers(shape.num_hidden_layers, job.layout.pp, job.model_chunks)
     head = shape.vocab_size * shape.hidden_size
     of_a_layer = (matmul_parameters(shape) - head) / shape.num_hidden_layers
     work: list[float] = [count * of_a_layer for count in layers]

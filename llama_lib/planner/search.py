@@ -18,6 +18,7 @@ from llama_lib.layout import (
     plan_batches,
 )
 from llama_lib.models import Shape
+from llama_lib.option_checks import UNLIMITED_ROWS, compile_problems, recompute_problems
 from llama_lib.planner.hardware import GIB, Machines
 from llama_lib.planner.job import Job, job_of
 from llama_lib.planner.memory import Memory, memory
@@ -123,8 +124,11 @@ def plan_of(
 
 
 def refusals(options: Options, shape: Any, world_size: int) -> list[str]:
-    """What the training scripts would say against the layout and the batch."""
+    """What the training scripts would say against layout and batch, on GPUs or without."""
+    layout = layout_of(options, world_size)
     problems = layout_problems(options, world_size, shape)
+    problems += recompute_problems(options, layout, has_gpu=True)
+    problems += compile_problems(options, layout, has_gpu=True)
     context = shape.max_position_embeddings
     if options.model.max_length > context and "max_length" in options.typed:
         problems.append(
@@ -141,8 +145,8 @@ def refusals(options: Options, shape: Any, world_size: int) -> list[str]:
 
 
 def _batches(options: Options, world_size: int) -> BatchPlan:
-    # More rows than any run takes: only the numbers themselves can be wrong.
-    return plan_batches(options, layout_of(options, world_size), options.model.max_length, 2**62)
+    layout = layout_of(options, world_size)
+    return plan_batches(options, layout, options.model.max_length, UNLIMITED_ROWS)
 
 
 def changed(options: Options, **values: Any) -> Options:
@@ -340,6 +344,9 @@ def flags(options: Options, world_size: int) -> list[str]:
             words += [f"--{name}", str(getattr(parallel, name))]
     if parallel.sp_mode is not None:
         words += ["--sp", str(parallel.sp), "--sp_mode", parallel.sp_mode]
+    if parallel.pp_style != "1f1b":
+        words += ["--pp_style", parallel.pp_style]
+        words += ["--num_model_chunks", str(parallel.num_model_chunks)]
     if parallel.zero_stage is not None:
         words += ["--zero_stage", str(parallel.zero_stage)]
     words += ["-b", str(training.batch_size)]

@@ -3,9 +3,12 @@
 A case is LAYOUT/PRECISION or LAYOUT@VARIANT/PRECISION (`case_of`). Each one adds one line
 {"job": ..., "ranks" or "error": ...} to FOLDER/report.jsonl; "ranks" has of every process its
 pipeline stage and its bytes by kind, on the device tier and on the host tier.
+
+python plan_checks.py FOLDER peak FLAGS: {"peak": bytes} of all tensors of one process in a step.
 """
 
 import gc
+import itertools
 import json
 import sys
 import traceback
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_lib.cli import run_script
-from llama_lib.config import Options
+from llama_lib.config import Options, parse_options
 from llama_lib.launch import start_process_group
 from tests.distributed.cases import MODEL, options_of
 
@@ -170,8 +173,61 @@ def measure(name: str) -> dict[str, Any]:
     return {"stage": stage, **found}
 
 
+# Large enough that tensors, not their bookkeeping, are what is counted.
+PEAK_MODEL = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+}
+
+
+def peak_options(flags: str) -> Options:
+    return parse_options("pretrain", f"-d unused -x bf16 -b 4 -l 256 {flags}".split())
+
+
+def measure_peak(flags: str) -> int:
+    """Most bytes of tensors in the second step of one process: those before it, found by the
+    garbage collector, and what torch's profiler sees come and go."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import LlamaConfig
+
+    from llama_lib.engine import Engine, MicroBatch
+    from llama_lib.layout import layout_of
+
+    options = peak_options(flags)
+    config = LlamaConfig(**PEAK_MODEL, use_cache=False, attn_implementation="sdpa")
+    engine = Engine(options, layout_of(options, 1), config, torch.device("cpu"), 1)
+    ids = torch.randint(0, config.vocab_size, (4, 256))
+
+    def step() -> None:
+        engine.forward_backward([MicroBatch(ids, ids)], 4.0 * 255)
+        engine.step()
+
+    step()
+    gc.collect()
+    before: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            storage = thing.untyped_storage()
+            before[storage.data_ptr()] = storage.nbytes()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return sum(before.values()) + max(itertools.accumulate(count for _, count in changes))
+
+
 def main() -> None:
     start_process_group(seed=1)
+    if sys.argv[2] == "peak":
+        line = json.dumps({"peak": measure_peak(sys.argv[3])})
+        (Path(sys.argv[1]) / "report.jsonl").write_text(line)
+        return
     import torch.distributed as dist
 
     folder = Path(sys.argv[1])

@@ -14,6 +14,7 @@ from llama_lib import recompute
 from llama_lib.engine import Engine
 from tests.distributed.cases import LAYOUTS
 from tests.distributed.checks import Report, build, train_step, weight_hashes
+from tests.test_model_kernels import StandInRMSNorm, liger_stand_in
 
 STEPS = 3
 RECOMPUTE = ("none", "selective", "full")
@@ -63,7 +64,7 @@ def recomputed(layout: str, precision: str, folder: Path) -> dict[str, Report]:
 
 def compiled(layout: str, precision: str, folder: Path) -> dict[str, Report]:
     """The first steps with and without torch.compile, and the graphs it made of the layers."""
-    reports = {"none": _train(build(layout, precision))}
+    reports = {"plain": _train(build(layout, precision))}
     torch._dynamo.reset()
     counters.clear()
     reports["compiled"] = _train(build(switched(layout, "--compile"), precision))
@@ -72,4 +73,14 @@ def compiled(layout: str, precision: str, folder: Path) -> dict[str, Report]:
     return reports
 
 
-CHECKS = {"recomputed": recomputed, "compiled": compiled}
+def kernels(layout: str, precision: str, folder: Path) -> dict[str, Report]:
+    """The first steps with torch's kernels and with what stands in for Liger's on a CPU."""
+    reports = {"plain": _train(build(layout, precision))}
+    before = StandInRMSNorm.calls
+    with liger_stand_in():
+        reports["liger"] = _train(build(switched(layout, "--kernels liger"), precision))
+    reports["liger"]["norms_called"] = StandInRMSNorm.calls - before
+    return reports
+
+
+CHECKS = {"recomputed": recomputed, "compiled": compiled, "kernels": kernels}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from llama_lib.planner.job import Job, job_of
 from llama_lib.planner.memory import END_OF_BACKWARD, LOSS, STEP, Memory, memory, stage_memory
 from tests.distributed.cases import num_processes
 from tests.distributed.launching import run
-from tests.distributed.plan_checks import case_of
+from tests.distributed.plan_checks import PEAK_MODEL, case_of, peak_options
 
 pytestmark = pytest.mark.distributed
 
 TOLERANCE = 0.01
+PEAK_TOLERANCE = 0.05
 
 QUICK = (
     *(
@@ -78,19 +80,20 @@ def measured(
     return ranks_of
 
 
+def shape_of(model: dict[str, Any]) -> Shape:
+    return Shape(**model, head_dim=model["hidden_size"] // model["num_attention_heads"])
+
+
 def job_named(name: str) -> Job:
     options, model = case_of(name)
-    heads = model["num_attention_heads"]
-    shape = Shape(**model, head_dim=model["hidden_size"] // heads)
-    return job_of(options, shape, num_processes(name), gpus_per_host=8)
+    return job_of(options, shape_of(model), num_processes(name), gpus_per_host=8)
 
 
-def expected(job: Job, plan: Memory) -> dict[str, dict[str, float]]:
-    """The plan's bytes of one process by tier, where `plan_checks` looks."""
-    processes = job.layout.world_size
-    host = {kind: count / processes for kind, count in plan.host.items()}
+def expected(job: Job, plan: Memory) -> dict[str, dict[str, int]]:
+    """The plan's bytes of one GPU and of one host, where `plan_checks` looks."""
+    host = dict(plan.host)
     end, step = plan.moments[END_OF_BACKWARD], plan.moments[STEP]
-    device: dict[str, float] = {
+    device = {
         "weights": end["weights"],
         "gradients": end["gradients"],
         "master": step["master"],
@@ -114,9 +117,9 @@ def test_states_are_those_of_a_real_engine(measured: Callable[[str], Ranks], nam
         plan = expected(job, stage_memory(job, stage))
         of_stage = [rank for rank in ranks if rank["stage"] == stage]
         assert of_stage
-        for tier in ("device", "host"):
+        for tier, largest in (("device", max), ("host", sum)):
             for kind in ("weights", "gradients", "master", "optimizer"):
-                found = max(rank[tier].get(kind, 0) for rank in of_stage)
+                found = largest(rank[tier].get(kind, 0) for rank in of_stage)
                 wanted = plan[tier].get(kind, 0)
                 assert found == pytest.approx(wanted, rel=TOLERANCE), f"{tier} {kind} {stage}"
     assert all(rank["device"] | rank["host"] for rank in ranks)
@@ -148,3 +151,24 @@ def test_a_smaller_optimizer_share_offloads_less() -> None:
     some = memory(job_named("gemini@some_offloaded/bf16"))
     assert half.device["master"] == 0
     assert 0 < some.host["master"] < half.host["master"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "-p zero2 --no-chunked_loss",  # at the loss
+        pytest.param("-p zero2 -g", marks=pytest.mark.full),  # at the end of the backward pass
+        pytest.param("-p hybrid_parallel --zero_stage 0 -g", marks=pytest.mark.full),  # in the step
+        pytest.param("-p hybrid_parallel --zero_stage 0 --no-chunked_loss", marks=pytest.mark.full),
+        pytest.param("-p zero2 --recompute selective --no-chunked_loss", marks=pytest.mark.full),
+        pytest.param("-p gemini --no-chunked_loss", marks=pytest.mark.full),
+    ],
+)
+def test_peak_of_one_process(tmp_path: Path, flags: str) -> None:
+    """Everything together, activations and buffers too, at whichever moment it is most."""
+    arguments = [str(tmp_path), "peak", flags]
+    outcome = run("tests/distributed/plan_checks.py", arguments, tmp_path / "output.txt")
+    assert outcome.code == 0, outcome.output
+    found = json.loads((tmp_path / "report.jsonl").read_text())["peak"]
+    plan = memory(job_of(peak_options(flags), shape_of(PEAK_MODEL), 1, gpus_per_host=1))
+    assert plan.device_total == pytest.approx(found, rel=PEAK_TOLERANCE), plan.moments

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -169,6 +170,22 @@ def test_chunked_loss(name: str, chunk_elements: int, monkeypatch: pytest.Monkey
             _ = model(input_ids=ids).logits
     predicted = activations.micro_batch_bytes(job, job.shape.num_hidden_layers)
     predicted += activations.loss_saved_bytes(job)
+    assert predicted == pytest.approx(saved.total, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_adapters(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen weights need no normalised inputs, adapters the inputs of every linear layer."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    shape = Shape(512, 256, 704, 6, 8, 4, 32, 512)
+    job = job_of(shape, recompute=mode, lora_parameters=1)
+    model = get_peft_model(build(job), LoraConfig(r=2, target_modules=names)).bfloat16()
+    if mode != "none":
+        # As ColossalAI's and peft's users do: layers computed again begin with such an input.
+        model.enable_input_require_grads()
+    with saving(model, monkeypatch) as saved:
+        model(input_ids=ids_of(job))
+    predicted = activations.micro_batch_bytes(job, shape.num_hidden_layers)
     assert predicted == pytest.approx(saved.total, rel=TOLERANCE)
 
 

@@ -39,6 +39,7 @@ JOBS = [
     job(plugin="gemini_auto", zero=3, rows=32),
     job("13b", "zero2_cpu", rows=2, recompute="full"),
     job("70b", "hybrid_parallel", zero=0, tp=4, pp=2, recompute="full", chunked_loss=False),
+    job("7b", "hybrid_parallel", 8, 1, 16, pp=2, chunked_loss=False, model_chunks=2),
     job("13b", "gemini", world=2, zero=3, rows=1, recompute="full"),
 ]
 
@@ -153,3 +154,14 @@ def test_offloading_without_recomputation_is_warned_of():
     assert offload_warning(replace(offloaded, recompute="full")) is None
     assert offload_warning(job(rows=4)) is None
     assert "add -g" in out_of_memory_text(offloaded, None, 80 * GIB, where=A100)
+
+
+def test_nothing_is_proposed_that_a_switch_of_the_run_forbids():
+    """--compile goes with neither gemini, nor tensor parallelism, nor selective recomputation."""
+    before = job()
+    compiled = replace(options_of(before), model=replace(options_of(before).model, compile=True))
+    for advice in cheaper(before, ROOM, compiled):
+        parallel = advice.options.parallel
+        assert not parallel.plugin.startswith("gemini") and parallel.tp == 1
+        assert advice.options.recompute != "selective"
+    assert cheaper(before, ROOM, compiled)

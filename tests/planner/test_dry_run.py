@@ -206,6 +206,8 @@ def test_what_would_be_refused_is_refused(show, script, flags, message):
         ("finetune", f"{FINETUNE} -x bf16 --lora_rank 4 --lora_targets nope q_proj --sp 2"),
         ("finetune", "--model_path model -d chats.jsonl -p gemini --lora_rank 4 --min_length 900"),
         ("finetune", f"{FINETUNE} --merge_lora --sample_interval 5 -l 600"),
+        ("pretrain", "-c tiny -d sample -p gemini --compile --kernels liger --recompute selective"),
+        ("finetune", f"{FINETUNE} -x bf16 --compile --lora_rank 4"),
     ],
 )
 def test_it_says_what_the_start_of_the_run_says(folder, script, flags):
@@ -222,11 +224,22 @@ def test_it_says_what_the_start_of_the_run_says(folder, script, flags):
 
 
 def test_the_linear_layers_of_a_block_are_those_of_transformers():
-    from llama_lib.lora import linear_layers
+    import torch
+    from transformers import AutoModelForCausalLM
+
     from llama_lib.models import model_config
 
     for name in ("tiny", "mistral-7b"):
-        assert tuple(linear_layers(model_config(name))) == LINEAR_LAYERS
+        config = model_config(name)
+        config.num_hidden_layers = 1
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        layers = [
+            path.rpartition(".")[2]
+            for path, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and ".layers." in path
+        ]
+        assert tuple(layers) == LINEAR_LAYERS
 
 
 def test_one_process_speaks(show, monkeypatch):
