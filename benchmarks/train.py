@@ -15,6 +15,7 @@ is all that passes between the ends of two steps, in every contender.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -138,6 +139,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "command": command_line("benchmarks.train"),
         **surroundings(PACKAGES),
+        "sources": sources_digest(),
         "config": bench.describe(),
         "runs": [],
     }
@@ -161,13 +163,22 @@ def in_turn(contenders: Sequence[Contender], repeat: int) -> Sequence[Contender]
     return contenders if repeat % 2 == 0 else contenders[::-1]
 
 
+def sources_digest() -> str:
+    """sha256 of the code that was measured: of every module of ours and of the rivals."""
+    digest = hashlib.sha256()
+    for folder in (ROOT / "llama_lib", ROOT / "benchmarks" / "rivals"):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def kept_runs(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The runs of an earlier result of the same measurement; it has to be the same in all else."""
     if not path.is_file():
         return []
     earlier = json.loads(path.read_text())
-    for name in ("versions", "config"):
-        if earlier[name] != result[name]:
+    for name in ("versions", "sources", "config"):
+        if earlier.get(name) != result[name]:
             raise SystemExit(f"--resume: {name} of {path} differ; measure anew without --resume")
     return earlier["runs"]
 

@@ -4,7 +4,6 @@ Invariant: a token's loss is fp32 whatever the logits are, and the same however 
 cut; tokens without a label have loss 0 and no gradient.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -13,16 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_lib.layout import Layout
+from llama_lib.models import padded_vocabulary
 
 IGNORED = -100
-
-# ColossalAI pads the vocabulary to a multiple of this times tp (its make_vocab_size_divisible_by).
-VOCABULARY_MULTIPLE = 64
-
-
-def padded_vocabulary(vocab_size: int, tp: int) -> int:
-    multiple = VOCABULARY_MULTIPLE * tp
-    return math.ceil(vocab_size / multiple) * multiple
 
 
 class Criterion:

@@ -206,8 +206,6 @@ def _hybrid_problems(
         problems.append("sequence parallelism with --pp above 1 is not tested; use --pp 1.")
     if parallel.sp_mode is not None and options.model.flash_attention:
         problems.append("-a with sequence parallelism is not tested; leave out -a or --sp_mode.")
-    if parallel.sp_mode is not None and options.recompute == "full":
-        problems.append("-g with sequence parallelism is not tested; leave out -g or --sp_mode.")
     if layout.zero_stage not in (0, 1, 2):
         problems.append(f"--zero_stage must be 0, 1 or 2; got {layout.zero_stage}.")
     if layout.zero_stage == 2 and layout.pp > 1:

@@ -73,6 +73,7 @@ class MemoryCheck:
         if peak.allocated is not None:
             measured, kind = peak.allocated * 2**20, "allocated on the GPU"
         else:
+            assert peak.host is not None, "of a CPU process it is always known"
             measured = peak.host * 2**20 - self.before
             planned += self._host_part()
             kind = "resident, the process as it was before the model left out"

@@ -1,19 +1,14 @@
 """Kernels of what lies between the matrix products: --kernels and --compile.
 
 torch: RMSNorm, rotary embedding and SwiGLU as transformers wrote them, one torch operation after
-the other. Hand-written autograd functions of the same operations won a hundredth of a decoder layer
-on a CPU (hidden size 512, bf16: 1.1 of 4.6 ms a norm, 0.4 of 2.6 ms a rotation, nothing at SwiGLU,
-in a layer of 500 ms), torch.nn.functional.rms_norm nothing: not enough for code of our own.
-liger: Liger-Kernel's Triton kernels, one launch each, on an NVIDIA GPU. compile: torch.compile of
-every decoder layer, which fuses the same operations by itself.
+the other. liger: Liger-Kernel's Triton kernels, one launch each, on an NVIDIA GPU. compile:
+torch.compile of every decoder layer, which fuses the same by itself.
 
 Invariant: only instances of one model change, never a class or a module of transformers; a typed
 choice that cannot be had is refused by name, and what `auto` chose is said.
 """
 
 import importlib.util
-import os
-import shutil
 import types
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_lib import option_checks
 from llama_lib.config import Options
 from llama_lib.launch import has_accelerator
 from llama_lib.layout import Layout
@@ -41,23 +37,7 @@ def kernel_problems(options: Options, layout: Layout, has_gpu: bool) -> list[str
     Args:
         has_gpu: this process computes on an NVIDIA GPU.
     """
-    if options.model.kernels != "liger":
-        return []
-    instead = "use --kernels auto or torch"
-    problems = []
-    if not has_gpu:
-        problems.append(f"--kernels liger needs an NVIDIA GPU (Triton); {instead}.")
-    elif not has_liger():
-        problems.append(
-            "--kernels liger needs the package liger_kernel, which is not installed; "
-            f"pip install liger-kernel, or {instead}."
-        )
-    if options.model.compile:
-        problems.append(
-            "--kernels liger with --compile is not tested: the compiler fuses these operations "
-            f"itself; leave out --compile, or {instead}."
-        )
-    return problems
+    return option_checks.kernel_problems(options, has_gpu)
 
 
 def use_kernels(
@@ -143,40 +123,7 @@ def _with_rotary(forward: Any, rotate: Callable[..., Any]) -> Callable[..., Any]
 
 def compile_problems(options: Options, layout: Layout) -> list[str]:
     """Why --compile cannot work here; each with what can."""
-    if not options.model.compile:
-        return []
-    problems = []
-    if layout.plugin.startswith("gemini"):
-        problems.append(
-            f"--compile with -p {layout.plugin}: torch.compile cannot keep the tensors gemini "
-            "makes of the weights; use -p zero2, zero2_cpu or hybrid_parallel."
-        )
-    if layout.tp > 1 or layout.sp_mode is not None:
-        problems.append(
-            "--compile with --tp above 1 or --sp_mode: torch.compile cannot follow ColossalAI's "
-            "collectives and cuts every layer into pieces; use --tp 1 without --sp_mode."
-        )
-    if options.recompute == "selective":
-        problems.append(
-            "--compile with --recompute selective: inside a compiled layer no product can be told "
-            "from what is cheap; use --recompute none or full."
-        )
-    if options.model.flash_attention:
-        problems.append("--compile with -a is not tested; leave out -a (attention is SDPA then).")
-    if options.model.document_mask and has_accelerator():
-        problems.append(
-            "--compile with isolated documents is not tested on a GPU, where their attention is "
-            "compiled by itself; leave out --compile."
-        )
-    if options.model.lora_rank:
-        problems.append("--compile with --lora_rank is not tested; leave out --compile.")
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        problems.append(
-            f"--compile needs a C++ compiler; got no {compiler}. Install one, set CXX, or leave "
-            "out --compile."
-        )
-    return problems
+    return option_checks.compile_problems(options, layout, has_accelerator())
 
 
 def compile_layers(model: Any) -> None:

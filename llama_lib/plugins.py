@@ -13,16 +13,10 @@ import torch.distributed as dist
 
 from llama_lib.config import Options
 from llama_lib.layout import Layout
+from llama_lib.planner.chunks import MAX_CHUNK_MEBI, MIN_CHUNKS
 
 # 2^16 is torch.amp's starting scale; zero2's default of 2^32 overflows for many steps.
 INITIAL_SCALE = 2**16
-
-# Gemini keeps a model smaller than one minimal chunk whole on every rank, and then multiplies
-# accumulated gradients by the number of ranks; a minimal chunk of an eighth of the model always
-# shards. 32 Mi elements, ColossalAI's default, is the upper bound; 4 Mi instead of 32 on a model of
-# 50M parameters also copies less (1.26 s a step on a CPU against 1.59 s).
-MIN_CHUNKS = 8
-MAX_CHUNK_MEBI = 32
 
 
 @dataclass(frozen=True)

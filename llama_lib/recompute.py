@@ -9,7 +9,6 @@ Invariant: loss and gradients are the same to the bit in all three modes, under 
 `recompute_problems` lets through.
 """
 
-import importlib.util
 from collections import deque
 from typing import Any
 
@@ -19,16 +18,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-import llama_lib.host_attention  # noqa: F401  registers torch.ops.llama_lib
+from llama_lib import option_checks
 from llama_lib.config import Options
 from llama_lib.launch import has_accelerator
 from llama_lib.layout import Layout
 
 _aten = torch.ops.aten
 
-# What is dear: matrix products, every kernel that torch's SDPA chooses from, and the one of
-# llama_lib.host_attention. A kernel that is missing here would be computed again: slower, never
-# wrong.
+# What is dear: matrix products, and every kernel that torch's SDPA chooses from. A kernel that is
+# missing here would be computed again: slower, never wrong.
 PRODUCTS = frozenset(
     {
         _aten.mm.default,
@@ -40,7 +38,6 @@ PRODUCTS = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
         _aten._scaled_dot_product_fused_attention_overrideable.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.llama_lib.causal_attention.default,
     }
 )
 # Tensor parallelism adds up the parts of a product in the product's own memory: what is kept then
@@ -118,26 +115,4 @@ def use_recompute(model: Any, mode: str) -> None:
 
 def recompute_problems(options: Options, layout: Layout) -> list[str]:
     """Why this run cannot recompute as it asks to; each with what it can."""
-    if options.recompute != "selective":
-        return []
-    problems = []
-    if layout.sp_mode == "split_gather":
-        problems.append(
-            "--recompute selective with --sp_mode split_gather would compute a matrix product of "
-            "every layer twice; use --recompute full or none."
-        )
-    if not has_accelerator():
-        return problems
-    # What is kept is known by the operations of torch's SDPA; these kernels are others, and no GPU
-    # was there to try.
-    if options.model.document_mask:
-        problems.append(
-            "--recompute selective with isolated documents is not tested on a GPU, where their "
-            "attention is not torch's SDPA; use --recompute full or none."
-        )
-    if options.model.flash_attention and importlib.util.find_spec("flash_attn"):
-        problems.append(
-            "--recompute selective with -a is not tested with the flash-attn package; leave out -a "
-            "(torch's SDPA has a flash kernel too), or use --recompute full or none."
-        )
-    return problems
+    return option_checks.recompute_problems(options, layout, has_accelerator())

@@ -108,12 +108,14 @@ def test_a_contender_that_does_not_exist_is_refused(name):
 
 def test_resuming_keeps_the_runs_of_the_same_measurement_only(tmp_path):
     path = tmp_path / "train.json"
-    about = {"versions": {"torch": "1"}, "config": {"steps": 3}}
+    about = {"versions": {"torch": "1"}, "sources": "a", "config": {"steps": 3}}
     assert train.kept_runs(path, about) == []
     path.write_text(json.dumps(about | {"runs": RUNS}))
     assert train.kept_runs(path, about) == RUNS
     with pytest.raises(SystemExit, match="config"):
         train.kept_runs(path, about | {"config": {"steps": 4}})
+    with pytest.raises(SystemExit, match="sources"):
+        train.kept_runs(path, about | {"sources": "b"})
 
 
 def test_notes_are_the_times_between_moments(tmp_path):
@@ -430,3 +432,17 @@ def test_growth_is_measured_point_by_point(tmp_path):
     assert len(result["points"]) == 4 and len(result["fits"]) == 6
     assert all(math.isfinite(fit["exponent"]) for fit in result["fits"])
     assert growth.table(result) and plots.growth_table(result)
+
+
+@pytest.mark.full
+@pytest.mark.distributed
+def test_a_row_of_a_gpu_is_benchmarks_own_result(tmp_path, tokens):
+    """On whatever this machine has: benchmark.py and a rival, both with full recomputation."""
+    results = []
+    for number, contender in enumerate(("zero2", "barest")):
+        row = device.Row("tiny", 64, 2, "full", contender)
+        results.append(device.measured(row, 4, 1, tmp_path / str(number), tokens))
+        assert len(results[-1]["measured_seconds"]) == 3
+    device.check_alike([vars(row) | found for found in results])
+    assert results[0]["loss"][0] == pytest.approx(results[1]["loss"][0], abs=2e-2)
+    assert device.rates(row, results[0], "NVIDIA H200")["tokens_per_second"] > 0

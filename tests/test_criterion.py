@@ -16,12 +16,12 @@ from torch.nn.functional import cross_entropy
 from llama_lib.criterion import (
     IGNORED,
     Criterion,
-    padded_vocabulary,
     sharded_argmax,
     sharded_token_losses,
     token_losses,
 )
 from llama_lib.layout import Layout
+from llama_lib.models import padded_vocabulary
 
 ROWS, LENGTH, VOCABULARY = 3, 7, 11
 WEIGHTS = (0.0, 0.25, 1.0)

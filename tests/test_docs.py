@@ -34,7 +34,7 @@ PLACEHOLDERS = {"YOUR_GPU_PER_NODE": "8"}
 HOSTS = 4  # as many as the sample host file has
 # Programs of other people, whose arguments are not ours to check.
 TOOLS = {"cd", "cp", "cat", "export", "ip", "mkdir", "nvidia-smi", "ssh", "ssh-copy-id", "touch"}
-TOOLS |= {"tensorboard", ".venv/bin/pip", "pip", "git", "srun", "sbatch", "bash", "source", "echo"}
+TOOLS |= {"tensorboard", ".venv/bin/pip", "pip", "git", "srun", "sbatch", "source", "echo"}
 
 
 class Command(NamedTuple):
@@ -132,6 +132,10 @@ def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         hosts = HOSTS if given["hostfile"] else len(named)
         user_args = list(given["user_args"])
         check_script(given["user_script"], user_args, hosts * given["nproc_per_node"])
+    elif program == "bash":
+        # The scripts themselves are run by tests/test_scripts.py.
+        assert list((ROOT / "scripts").rglob(rest[0])), f"no script {rest[0]}"
+        check_script("benchmark.py", ["-c", "7b", *rest[1:]], 8)
     elif Path(program).name.startswith("python"):
         if rest[:2] == ["-m", "llama_lib"]:
             parser_of(monkeypatch, rest[2:], parsing=True)
@@ -164,6 +168,8 @@ def test_command_is_accepted_by_its_parser(command, monkeypatch):
         "python -m llama_lib verify",
         "python -m llama_lib generate checkpoint --prompts x",
         "make everything",
+        "bash missing.sh",
+        "bash gemini.sh --batch 2",
         "fdisk -l",
     ],
 )
@@ -202,6 +208,7 @@ def test_options_tables_are_current():
 def known_flags(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     options = [item for script in SCRIPTS for item in declared(SECTIONS, script).values()]
     flags = {flag for item in options for flag in item.flags} | {f"--{old}" for old in DEPRECATED}
+    flags |= {flag.replace("--", "--no-", 1) for flag in flags if flag.startswith("--")}
     flags |= {"--help", "--spec_file", "--no-deps", "--logdir"}
     for name in COMMANDS:
         with monkeypatch.context() as patched:

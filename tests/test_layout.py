@@ -66,7 +66,6 @@ def test_processes_are_divided(flags, processes, expected):
         ("-p hybrid_parallel --sp 4 --tp 2 --sp_mode split_gather", 8, "takes its size from --tp"),
         ("-p hybrid_parallel --tp 2 --sp 2 --sp_mode all_to_all", 4, "not tested; use --tp 1"),
         ("-p hybrid_parallel --pp 2 --tp 2 --sp_mode split_gather", 4, "use --pp 1"),
-        ("-p hybrid_parallel --tp 2 --sp_mode split_gather -g", 2, "leave out -g"),
         ("-p hybrid_parallel --zero_stage 1 -x fp32", 2, "needs -x bf16 or fp16"),
         ("-p hybrid_parallel --zero_stage 2 --pp 2", 2, "valid values: 0, 1"),
         ("-p hybrid_parallel --pp 2 -b 6 --microbatch_size 4", 2, "valid values: [1, 2, 3, 6]"),

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llama_lib import model_kernels
+from llama_lib import model_kernels, option_checks
 from llama_lib.config import parse_options
 from llama_lib.layout import Layout, layout_of
 from llama_lib.model_kernels import (
@@ -200,14 +200,14 @@ def problems_of(check: Any, flags: str, *more: Any, processes: int = 2) -> list[
 
 
 def test_a_typed_liger_is_refused_where_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(model_kernels, "has_liger", lambda: False)
     for flags in ("", "--kernels torch", "--kernels auto --compile"):
         assert problems_of(kernel_problems, flags, False) == []
     (message,) = problems_of(kernel_problems, "--kernels liger", False)
     assert "needs an NVIDIA GPU" in message
+    monkeypatch.setattr(option_checks.importlib.util, "find_spec", lambda name: None)
     (message,) = problems_of(kernel_problems, "--kernels liger", True)
     assert "pip install liger-kernel" in message
-    monkeypatch.setattr(model_kernels, "has_liger", lambda: True)
+    monkeypatch.setattr(option_checks.importlib.util, "find_spec", lambda name: object())
     assert problems_of(kernel_problems, "--kernels liger", True) == []
     (message,) = problems_of(kernel_problems, "-p zero2 --kernels liger --compile", True)
     assert "--compile" in message

@@ -1,7 +1,7 @@
 """The chunks that ColossalAI's gemini cuts a model into.
 
 Invariant: sizes and order are those of colossalai 0.5.0's search_chunk_configuration and
-ChunkManager for the settings that llama_lib/plugins.py gives them.
+ChunkManager for the settings that llama_lib/plugins.py takes from here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import numpy as np
 from llama_lib.flops import num_parameters
 from llama_lib.models import Shape
 
-# As in llama_lib/plugins.py, which cannot be imported without torch.
+# Gemini keeps a model smaller than one minimal chunk whole on every rank, and then multiplies
+# accumulated gradients by the number of ranks; a minimal chunk of an eighth of the model always
+# shards. 32 Mi elements, ColossalAI's default, is the upper bound; 4 Mi instead of 32 on a model of
+# 50M parameters also copies less (1.26 s a step on a CPU against 1.59 s).
 MIN_CHUNKS = 8
 MAX_CHUNK_MEBI = 32
 

@@ -13,8 +13,8 @@ from llama_lib.errors import UserError
 from llama_lib.layout import Layout, accumulation_of, chunked_loss_problems, layout_of
 from llama_lib.models import Shape
 
-# Logits that exist at a time with --chunked_loss, in elements: tokens times vocabulary. 64 MiB of
-# fp32, small beside a layer's activations and large enough for matrix products at full speed.
+# Logits that exist at a time with --chunked_loss, in elements: tokens times vocabulary. 256 MiB of
+# fp32 on a GPU, small beside a layer's activations; products of 2,000 tokens run at full speed.
 CHUNK_ELEMENTS = 2**26
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}

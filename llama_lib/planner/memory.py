@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llama_lib.flops import num_parameters
 from llama_lib.models import Shape, padded_vocabulary
 from llama_lib.planner.activations import (
     layer_bytes,
@@ -387,8 +386,3 @@ def stage_memory(job: Job, stage: int) -> Memory:
 
 def _sum(*parts: Bytes) -> Bytes:
     return {kind: sum(part.get(kind, 0) for part in parts) for kind in KINDS}
-
-
-def bytes_of_weights(shape: Shape, element: int) -> int:
-    """The model's weights alone, once."""
-    return element * num_parameters(shape)

@@ -58,6 +58,8 @@ LAYOUTS = {
     "zero2_recompute": "-p zero2 -g",
     "gemini_recompute": "-p gemini -g",
     "tp2_recompute": "-p hybrid_parallel --tp 2 -b 4 -g",
+    "all_to_all_recompute": "-p hybrid_parallel --sp 2 --sp_mode all_to_all -b 4 -g",
+    "split_gather_recompute": "-p hybrid_parallel --tp 2 --sp_mode split_gather -b 4 -g",
     "pp2_recompute": "-p hybrid_parallel --pp 2 -b 4 -g",
     # four processes
     "tp2_pp2": "-p hybrid_parallel --tp 2 --pp 2 -b 4",

@@ -193,6 +193,7 @@ def measure_peak(flags: str) -> int:
     """Most bytes of tensors in the second step of one process: those before it, found by the
     garbage collector, and what torch's profiler sees come and go."""
     import torch
+    import torch.distributed as dist
     from torch.profiler import ProfilerActivity, profile
     from transformers import LlamaConfig
 
@@ -201,14 +202,18 @@ def measure_peak(flags: str) -> int:
 
     options = peak_options(flags)
     config = LlamaConfig(**PEAK_MODEL, use_cache=False, attn_implementation="sdpa")
-    engine = Engine(options, layout_of(options, 1), config, torch.device("cpu"), 1)
+    steps = options.training.accumulation_steps
+    engine = Engine(options, layout_of(options, 1), config, torch.device("cpu"), steps)
     ids = torch.randint(0, config.vocab_size, (4, 256))
 
     def step() -> None:
-        engine.forward_backward([MicroBatch(ids, ids)], 4.0 * 255)
+        engine.forward_backward([MicroBatch(ids, ids)] * steps, 4.0 * 255 * steps)
         engine.step()
 
     step()
+    # Each of gloo's threads holds what it sent last until it has something else to send.
+    for _ in range(16):
+        dist.all_reduce(torch.zeros(1))
     gc.collect()
     before: dict[int, int] = {}
     for thing in gc.get_objects():

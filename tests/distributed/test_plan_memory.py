@@ -1,4 +1,5 @@
-"""The plan's bytes of weights, gradients, master weights and moments are those of real engines."""
+"""The plan's bytes of weights, gradients, master weights and moments are those of real engines, to
+the byte; the peak of everything together is within 5%."""
 
 import json
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from tests.distributed.plan_checks import PEAK_MODEL, case_of, peak_options
 
 pytestmark = pytest.mark.distributed
 
-TOLERANCE = 0.01
 PEAK_TOLERANCE = 0.05
+# Which chunks gemini offloads follows their addresses in memory, and the last ones are not full.
+SOME_CHUNKS_TOLERANCE = 0.06
 
 QUICK = (
     *(
@@ -39,6 +41,7 @@ FULL = (
     *("hybrid_zero2/bf16", "tp2/fp32", "pp2/fp32", "all_to_all/bf16", "split_gather/bf16"),
     *("tp2_pp2/bf16", "dp2_tp2/bf16", "dp2_tp2_zero1/bf16", "dp2_pp2_zero1/bf16"),
     *("dp2_all_to_all/bf16", "dp4_gemini/bf16", "dp4_zero2/bf16"),
+    *("pp2_interleaved/bf16", "tp2_pp2_interleaved/bf16", "dp2_pp2_interleaved_zero1/bf16"),
 )
 
 Ranks = list[dict[str, Any]]
@@ -121,7 +124,9 @@ def test_states_are_those_of_a_real_engine(measured: Callable[[str], Ranks], nam
             for kind in ("weights", "gradients", "master", "optimizer"):
                 found = largest(rank[tier].get(kind, 0) for rank in of_stage)
                 wanted = plan[tier].get(kind, 0)
-                assert found == pytest.approx(wanted, rel=TOLERANCE), f"{tier} {kind} {stage}"
+                if "some_offloaded" in name:
+                    wanted = pytest.approx(wanted, rel=SOME_CHUNKS_TOLERANCE)
+                assert found == wanted, f"{tier} {kind} {stage}"
     assert all(rank["device"] | rank["host"] for rank in ranks)
 
 
@@ -142,7 +147,7 @@ def test_gemini_weights_at_the_loss(measured: Callable[[str], Ranks], name: str)
         found = rank["at_loss"]
         assert 0 < found["whole"] <= at_loss["buffers"]
         parts = found["parts"] + (found["parts_of_whole"] if at_loss["weights"] else 0)
-        assert parts == pytest.approx(at_loss["weights"], rel=TOLERANCE)
+        assert parts == at_loss["weights"]
 
 
 def test_a_smaller_optimizer_share_offloads_less() -> None:
@@ -162,6 +167,7 @@ def test_a_smaller_optimizer_share_offloads_less() -> None:
         pytest.param("-p hybrid_parallel --zero_stage 0 --no-chunked_loss", marks=pytest.mark.full),
         pytest.param("-p zero2 --recompute selective --no-chunked_loss", marks=pytest.mark.full),
         pytest.param("-p gemini --no-chunked_loss", marks=pytest.mark.full),
+        pytest.param("-p zero2 --accumulation_steps 2 --no-chunked_loss", marks=pytest.mark.full),
     ],
 )
 def test_peak_of_one_process(tmp_path: Path, flags: str) -> None:

@@ -87,7 +87,7 @@ def test_equals_a_plain_loop(report: Job, job: str) -> None:
                 *([] if layout == "gemini" else [pytest.mark.full]),
             ],
         )
-        for layout in ("gemini", "zero2", "tp2", "pp2")
+        for layout in ("gemini", "zero2", "tp2", "pp2", "all_to_all", "split_gather")
     ],
 )
 def test_gradient_checkpointing_changes_no_number(

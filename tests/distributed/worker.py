@@ -28,6 +28,7 @@ def main() -> None:
         loading_checks,
         lora_checks,
         samples_checks,
+        speed_checks,
     )
 
     known = (
@@ -36,6 +37,7 @@ def main() -> None:
         | lora_checks.CHECKS
         | loading_checks.CHECKS
         | samples_checks.CHECKS
+        | speed_checks.CHECKS
     )
 
     # Rows of a test have few tokens: pieces of 13, the last one smaller, in place of thousands.

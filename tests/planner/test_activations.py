@@ -180,9 +180,6 @@ def test_adapters(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(512, 256, 704, 6, 8, 4, 32, 512)
     job = job_of(shape, recompute=mode, lora_parameters=1)
     model = get_peft_model(build(job), LoraConfig(r=2, target_modules=names)).bfloat16()
-    if mode != "none":
-        # As ColossalAI's and peft's users do: layers computed again begin with such an input.
-        model.enable_input_require_grads()
     with saving(model, monkeypatch) as saved:
         model(input_ids=ids_of(job))
     predicted = activations.micro_batch_bytes(job, shape.num_hidden_layers)

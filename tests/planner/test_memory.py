@@ -198,14 +198,6 @@ def test_parameters_of_one_process(model: str) -> None:
     assert sum(local_parameters(job(model, "-p zero2 -l 64", 2))) == num_parameters(SHAPES[model])
 
 
-def test_copied_constants() -> None:
-    from llama_lib import criterion, models, plugins
-
-    assert (MIN_CHUNKS, MAX_CHUNK_MEBI) == (plugins.MIN_CHUNKS, plugins.MAX_CHUNK_MEBI)
-    for size, tp in ((32000, 1), (128256, 8), (500, 2)):
-        assert models.padded_vocabulary(size, tp) == criterion.padded_vocabulary(size, tp)
-
-
 @pytest.mark.parametrize(
     ("model", "ranks"), [("tiny", 2), ("160m", 8), pytest.param("1.1b", 32, marks=pytest.mark.full)]
 )
