@@ -15,7 +15,7 @@ import torch
 from colossalai.version import __version__ as colossalai_version
 
 from llama_lib.errors import UserError
-from llama_lib.host import gemini, kernels
+from llama_lib.host import gemini, kernels, zero
 
 TESTED_VERSION = "0.5.0"
 
@@ -76,6 +76,23 @@ PATCHES = (
         "the ZeRO optimizer asserts that the accelerator is cuda or npu",
         {f"{_ZERO}._sanity_checks": check_one_dtype},
         {f"{_ZERO}._sanity_checks": "4f098277e94d5b2d"},
+    ),
+    Patch(
+        "zero_norm",
+        "the ZeRO optimizer makes an fp64 copy of every gradient for its norm",
+        {f"{_ZERO}._compute_grad_norm": zero.compute_grad_norm},
+        {f"{_ZERO}._compute_grad_norm": "c6a6b28366c32f59"},
+    ),
+    Patch(
+        "zero_alone",
+        "a process that is alone copies its gradients into buckets and out again to send them to "
+        "nobody",
+        {f"{_ZERO}._run_reduction": zero.run_reduction},
+        {
+            f"{_ZERO}._run_reduction": "50fbd61baa390f70",
+            f"{_ZERO}._add_grad": "6bfb32fd73061885",
+            "colossalai.zero.low_level.bookkeeping.bucket_store:BucketStore": "0105c02392e25d44",
+        },
     ),
     Patch(
         "pipeline_over_gloo",
