@@ -1,6 +1,6 @@
 """Parts of ColossalAI's ZeRO optimizer without copies that a CPU has to wait for.
 
-Invariant: the numbers are those of the code they replace: gradients to the bit, norms as exact.
+Invariant: gradients are those of the code they replace to the bit, norms within 1e-5.
 """
 
 import math
