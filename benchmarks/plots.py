@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import device, growth, train
+from benchmarks import device, growth, switches, train
 from benchmarks.measure import ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_result(name: str) -> dict[str, Any] | None:
     """A result file, or None if nothing was measured."""
-    module: Any = {"train": train, "growth": growth, "device": device}[name]
+    module: Any = {"train": train, "growth": growth, "device": device, "switches": switches}[name]
     return json.loads(module.RESULT.read_text()) if module.RESULT.is_file() else None
 
 
@@ -170,6 +170,26 @@ def _goal(what: str, least: float, found: Sequence[float], form: str) -> list[st
     return [what, wanted, form.format(abs(best)), "yes" if best >= least else "no"]
 
 
+def switches_table(result: Mapping[str, Any] | None) -> str:
+    """What each switch costs or saves, as a share of the default."""
+    if result is None:
+        return _missing("switches")
+    rows = [
+        [
+            each["switch"],
+            f"`{result['flags'][each['switch']]}`" if result["flags"][each["switch"]] else "",
+            f"{each['step_ms']:,.0f}",
+            f"{each['fastest_ms']:,.0f} to {each['slowest_ms']:,.0f}",
+            f"{each['time']:.2f}",
+            f"{each['peak_pss_mb']:,.0f}",
+            f"{each['memory']:.2f}",
+        ]
+        for each in result["summary"]
+    ]
+    head = ["", "flags", "step, ms", "fastest to slowest", "of the default", "peak memory, MB"]
+    return f"`{result['command']}`\n\n" + markdown([*head, "of the default"], rows)
+
+
 def growth_table(result: Mapping[str, Any] | None) -> str:
     if result is None:
         return _missing("growth")
@@ -226,6 +246,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "goals": lambda: goals_table(read_result("train"), read_result("device")),
     "contenders": lambda: contenders_table(read_result("train")),
     "ratios": lambda: ratios_table(read_result("train")),
+    "switches": lambda: switches_table(read_result("switches")),
     "growth": lambda: growth_table(read_result("growth")),
     "device": lambda: device_table(read_result("device")),
 }
