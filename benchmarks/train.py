@@ -127,7 +127,25 @@ def checked(arguments: argparse.Namespace) -> argparse.Namespace:
     for contender in arguments.contenders:
         if arguments.batch_size % contender.processes:
             raise SystemExit(f"{contender.name}: --batch_size {arguments.batch_size} is not even")
+        refuse_unequal_threads(contender, arguments.threads)
     return arguments
+
+
+def refuse_unequal_threads(contender: Contender, threads: int) -> None:
+    """SystemExit if one thread a process would be one for the rivals alone.
+
+    pretrain.py takes OMP_NUM_THREADS=1 under several processes for torchrun's own default, and
+    divides the cores among them instead.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if threads < 1:
+        raise SystemExit(f"--threads {threads}: expected a number from 1")
+    if contender.processes > 1 and threads < 2 * contender.processes and threads != cores:
+        raise SystemExit(
+            f"{contender.name}: --threads {threads} is less than two for each process, where ours "
+            f"would take its share of the {cores} cores instead; give --threads {cores}, or fewer "
+            "cores to the whole (taskset)"
+        )
 
 
 # -- the runs -----------------------------------------------------------------------------------

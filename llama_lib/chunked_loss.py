@@ -1,8 +1,9 @@
 """The output head and the loss together, a piece of the tokens at a time.
 
-Invariant: fp32 logits exist for BLOCK_ELEMENTS (on a GPU CHUNK_ELEMENTS) numbers at once, never for
-all tokens; loss and gradients are those of `criterion.token_losses` on all of them. The gradients
-are made in the forward pass, where the logits are, so nothing is computed twice.
+Invariant: logits exist for CHUNK_ELEMENTS numbers at once, never for all tokens; on a CPU what is
+made of them in fp32 for BLOCK_ELEMENTS. Loss and gradients are those of `criterion.token_losses` on
+all tokens. The gradients are made in the forward pass, where the logits are, so nothing is computed
+twice.
 """
 
 import contextlib
@@ -127,7 +128,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         state_gradient, total = ctx.saved_tensors
-        ratio = gradients[0] / ctx.scale
+        # Without axes: ColossalAI's loss scale has one, and fp16 times that would be fp32.
+        ratio = (gradients[0] / ctx.scale).reshape(())
         if state_gradient is not None:
             state_gradient = (state_gradient * ratio).view(ctx.shape)
         if total is not None:
@@ -145,15 +147,19 @@ def _added(total: Tensor | None, product: Tensor, pieces: int) -> Tensor:
     return total.add_(product)
 
 
+def _blocks(logits: Tensor) -> list[slice]:
+    """Tokens whose logits are turned into fp32 at once: on a CPU few, on a GPU all of a piece."""
+    rows = tokens = logits.shape[0]
+    if logits.device.type == "cpu":
+        rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    return [slice(first, first + rows) for first in range(0, tokens, rows)]
+
+
 def _losses(logits: Tensor, targets: Tensor, factors: Tensor, scale: Tensor | float) -> Tensor:
     """Sum of the losses; `logits` [tokens, vocabulary] become their own gradients times `scale`."""
     sums = torch.zeros((), device=logits.device)
-    rows = logits.shape[0]
-    if logits.device.type == "cpu":
-        rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
     columns = targets.clamp(min=0)[:, None]
-    for first in range(0, logits.shape[0], rows):
-        part = slice(first, first + rows)
+    for part in _blocks(logits):
         block = logits[part].log_softmax(-1, dtype=torch.float32)
         column, factor = columns[part], factors[part, None]
         sums -= (block.gather(-1, column) * factor).sum()
@@ -173,11 +179,13 @@ def linear_score(hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor
     states, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     factors = counts.reshape(-1) if isinstance(counts, Tensor) else states.new_ones(len(states))
     sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
-    rows = _rows(BLOCK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS, weight)
+    rows = _rows(CHUNK_ELEMENTS, weight)
     for first in range(0, len(states), rows):
         part = slice(first, first + rows)
-        logits, target = states[part] @ weight.t(), targets[part]
-        losses = token_losses(logits, target) * factors[part]
-        right = (logits.argmax(-1) == target).sum()  # no id is -100
-        sums += torch.stack([losses.sum().double(), right, (target != IGNORED).sum()])
+        logits, target, factor = states[part] @ weight.t(), targets[part], factors[part]
+        for block in _blocks(logits):
+            losses = token_losses(logits[block], target[block]) * factor[block]
+            right = (logits[block].argmax(-1) == target[block]).sum()  # no id is -100
+            labels = (target[block] != IGNORED).sum()
+            sums += torch.stack([losses.sum().double(), right, labels])
     return sums

@@ -371,7 +371,8 @@ SECTIONS: dict[str, type] = {
 
 @dataclass
 class Options:
-    """The options of one run. `typed` names those given on the command line or in the file."""
+    """The options of one run. `typed` names those given on the command line or in the file, `flags`
+    those on the command line alone: a run's specs.yaml names them all."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -381,6 +382,7 @@ class Options:
     report: ReportOptions = field(default_factory=ReportOptions)
     script: str = "pretrain"
     typed: frozenset[str] = field(default=frozenset(), compare=False)
+    flags: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def recompute(self) -> str:
@@ -421,7 +423,8 @@ def parse_options(script: str, argv: Sequence[str] | None = None) -> Options:
         section: tree(**{n: v for n, v in values.items() if known[n].section == section})
         for section, tree in SECTIONS.items()
     }
-    return Options(**sections, script=script, typed=frozenset(typed.flags | typed.file))
+    given = frozenset(typed.flags)
+    return Options(**sections, script=script, typed=given | frozenset(typed.file), flags=given)
 
 
 def _conflicts(flags: dict[str, Any], values: dict[str, Any]) -> list[str]:
@@ -432,9 +435,13 @@ def _conflicts(flags: dict[str, Any], values: dict[str, Any]) -> list[str]:
             "--accumulation_steps and --global_batch_tokens set the same thing: got both, expected "
             "one; leave one out, or --global_batch_tokens none to undo the file's"
         )
-    if values["gradient_checkpoint"] and values["recompute"] == "selective":
+    recompute = values["recompute"]
+    # The file of a run with -g holds `recompute: none` beside it, which is its default.
+    asked = recompute != "none" or "recompute" in flags
+    if values["gradient_checkpoint"] and asked and recompute != "full":
         problems.append(
-            "--gradient_checkpoint is --recompute full: got --recompute selective too, expected one"
+            f"--gradient_checkpoint is --recompute full: got --recompute {recompute} too, expected "
+            "one; leave one out, or --no-gradient_checkpoint to undo the file's"
         )
     if values.get("ignore_steps", 0) >= values.get("num_steps", math.inf):
         problems.append(

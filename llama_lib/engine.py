@@ -7,7 +7,6 @@ nothing non-finite reaches a weight.
 
 import contextlib
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,14 +27,13 @@ from llama_lib.document_attention import (
     document_positions,
     use_document_attention,
 )
-from llama_lib.layout import Layout, chunked_loss_problems
+from llama_lib.layout import Layout
 from llama_lib.lora import add_adapters, file_name
 from llama_lib.model_kernels import compile_layers, use_kernels
 from llama_lib.optim import build_optimizer, parameter_names
+from llama_lib.planner.job import loss_is_chunked
 from llama_lib.plugins import Setting, build_plugin, data_parallel_rank, supports_lazy_init
 from llama_lib.recompute import use_recompute
-
-logger = logging.getLogger("llama_lib")
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -169,7 +167,9 @@ class Engine:
         module: the model inside the wrappers; its adapters and what they wrap are told apart by
             `llama_lib.lora`.
         dp_rank: which replica this process belongs to.
+        attention: the kernel of attention.
         kernels: what computes norms, rotary embedding and SwiGLU.
+        chunked_loss: logits and loss are computed a piece at a time.
     """
 
     def __init__(
@@ -198,19 +198,23 @@ class Engine:
         # Layouts that take adapters hold the whole model anyway.
         lazy = supports_lazy_init(layout) and not adapted
         model = build_model(config, self.dtype, options.training.seed, device, lazy)
+        self.attention = str(model.config._attn_implementation)
         if options.model.flash_attention:
-            logger.info("attention kernel: %s", flash_kernel())
+            self.attention = flash_kernel()
             if layout.plugin != "hybrid_parallel":
                 use_flash_attention(model)
         if options.model.document_mask:
-            kernel = document_kernel(device, self.dtype)
-            logger.info("document mask kernel: %s", kernel)
-            self._document_mask = KERNELS[kernel]
+            self.attention = document_kernel(device, self.dtype)
+            self._document_mask = KERNELS[self.attention]
             use_document_attention(model)
         self.kernels = use_kernels(
-            model, options.model.kernels, device, layout, options.model.compile
+            model,
+            options.model.kernels,
+            device,
+            layout,
+            compiled=options.model.compile,
+            flash=options.model.flash_attention,
         )
-        logger.info("kernels of norms, rotary embedding and SwiGLU: %s", self.kernels)
         use_recompute(model, options.recompute)
         if options.model.compile:
             compile_layers(model)
@@ -235,12 +239,20 @@ class Engine:
         )
         self._masks: dict[tuple[int, int], Tensor] = {}
         self.criterion = Criterion(layout, self.plugin, config.vocab_size)
+        self.chunked_loss = loss_is_chunked(options, layout)
         self._head = None
-        if options.model.chunked_loss and not chunked_loss_problems(layout):
+        if self.chunked_loss:
             self._head = ChunkedHead(self.module.lm_head, config.vocab_size)
         self._guard_optimizer()
 
     # -- inputs ------------------------------------------------------------------------------
+
+    def describe_kernels(self) -> str:
+        loss = "a piece of the logits at a time" if self.chunked_loss else "all logits at once"
+        return (
+            f"kernels: attention {self.attention}; norms, rotary embedding and SwiGLU "
+            f"{self.kernels}; loss from {loss}; recompute {self.options.recompute}"
+        )
 
     def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(self.device, non_blocking=True)}

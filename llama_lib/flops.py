@@ -90,14 +90,16 @@ def causal_flops_per_token(config: ModelShape, sequence: int) -> int:
 def hardware_flops_per_token(
     config: ModelShape, sequence: int, recompute: Literal["none", "selective", "full"]
 ) -> int:
-    """What the hardware computes: with `full`, every layer's forward pass once more.
+    """What the hardware computes: with `full`, every layer's forward pass once more, but for its
+    last product, down_proj's, which no gradient needs.
 
     `selective` keeps the result of every product (llama_lib/recompute.py), so it adds nothing.
     """
     flops = model_flops_per_token(config, sequence)
     if recompute != "full":
         return flops
-    layer = 2 * _layer_matmul_parameters(config) + _forward_attention(config, sequence)
+    products = _layer_matmul_parameters(config) - config.hidden_size * config.intermediate_size
+    layer = 2 * products + _forward_attention(config, sequence)
     return flops + config.num_hidden_layers * layer
 
 

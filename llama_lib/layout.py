@@ -112,6 +112,12 @@ def layout_problems(options: Options, world_size: int, config: Any) -> list[str]
                 )
         if parallel.sp_mode is not None:
             problems.append(f"--sp_mode {parallel.sp_mode} needs -p hybrid_parallel.")
+        if parallel.pp_style != "1f1b":
+            problems.append(f"--pp_style {parallel.pp_style} needs -p hybrid_parallel.")
+        if parallel.num_model_chunks != 1:
+            problems.append(
+                f"--num_model_chunks {parallel.num_model_chunks} needs -p hybrid_parallel."
+            )
         if parallel.zero_stage is not None:
             problems.append(
                 f"--zero_stage belongs to hybrid_parallel; {parallel.plugin} fixes its own."
@@ -141,7 +147,7 @@ def layout_problems(options: Options, world_size: int, config: Any) -> list[str]
 
     if parallel.plugin == "hybrid_parallel":
         problems += _hybrid_problems(options, layout, config, heads, kv_heads)
-    if options.model.chunked_loss and "chunked_loss" in options.typed:
+    if options.model.chunked_loss and "chunked_loss" in options.flags:
         problems += chunked_loss_problems(layout)
     if options.model.document_mask:
         problems += _document_problems(options, layout, config)

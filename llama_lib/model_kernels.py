@@ -16,9 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_lib import option_checks
-from llama_lib.config import Options
-from llama_lib.launch import has_accelerator
 from llama_lib.layout import Layout
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm")
@@ -31,23 +28,21 @@ def has_liger() -> bool:
     return all(importlib.util.find_spec(name) for name in ("liger_kernel", "triton"))
 
 
-def kernel_problems(options: Options, layout: Layout, has_gpu: bool) -> list[str]:
-    """Why a typed --kernels cannot be had.
-
-    Args:
-        has_gpu: this process computes on an NVIDIA GPU.
-    """
-    return option_checks.kernel_problems(options, has_gpu)
-
-
 def use_kernels(
-    model: Any, name: str, device: torch.device, layout: Layout, compiled: bool = False
+    model: Any,
+    name: str,
+    device: torch.device,
+    layout: Layout,
+    *,
+    compiled: bool = False,
+    flash: bool = False,
 ) -> str:
     """Put the kernels into a transformers Llama or Mistral that is not boosted yet.
 
     Args:
         name: auto, torch or liger.
         compiled: the layers will be compiled; `auto` then leaves them to the compiler.
+        flash: ColossalAI's flash attention was asked for.
 
     Returns:
         What runs, for the log.
@@ -63,7 +58,7 @@ def use_kernels(
         return "torch"
     _use_liger(model, fetch_weights=layout.plugin.startswith("gemini"))
     # There ColossalAI's own attention forward takes the place of ours.
-    if layout.plugin == "hybrid_parallel" and layout.sp_mode is not None:
+    if layout.plugin == "hybrid_parallel" and (layout.sp_mode is not None or flash):
         return "liger (rotary: torch)"
     return "liger"
 
@@ -119,11 +114,6 @@ def _with_rotary(forward: Any, rotate: Callable[..., Any]) -> Callable[..., Any]
 
 
 # -- torch.compile ---------------------------------------------------------------------------------
-
-
-def compile_problems(options: Options, layout: Layout) -> list[str]:
-    """Why --compile cannot work here; each with what can."""
-    return option_checks.compile_problems(options, layout, has_accelerator())
 
 
 def compile_layers(model: Any) -> None:

@@ -25,15 +25,16 @@ from llama_lib.errors import UserError
 from llama_lib.launch import has_accelerator, network_problems, world_size
 from llama_lib.layout import BatchPlan, Layout, layout_of, plan_batches
 from llama_lib.memory_check import plan_line, planned_job
-from llama_lib.model_kernels import compile_problems, kernel_problems
 from llama_lib.models import model_config
 from llama_lib.option_checks import (
     UNLIMITED_ROWS,
     chat_problems,
+    compile_problems,
+    kernel_problems,
     model_problems,
+    recompute_problems,
     setting_problems,
 )
-from llama_lib.recompute import recompute_problems
 from llama_lib.run_chat import Chat, open_chat
 from llama_lib.run_data import (
     bend_data_defaults,
@@ -81,7 +82,7 @@ class Run:
         words = " ".join(options.data.dataset)
         return [
             f"model {model}: {num_parameters(self.config):,} parameters, "
-            f"{options.training.mixed_precision}, attention {self._attention()}",
+            f"{options.training.mixed_precision}",
             self.layout.describe(),
             *self._describe_tokenizer(),
             *(self.chat.lines if self.chat else []),
@@ -97,18 +98,6 @@ class Run:
             return []
         size = vocabulary_size(self.tokenizer)
         return [f"tokenizer: {size:,} ids, hash {self.data.tokenizer_hash[:16]}"]
-
-    def _attention(self) -> str:
-        if not self.options.model.document_mask:
-            return self.config._attn_implementation
-        import torch
-
-        from llama_lib.document_attention import document_kernel
-
-        device = torch.device("cuda" if has_accelerator() else "cpu")
-        half = self.options.training.mixed_precision != "fp32"
-        kernel = document_kernel(device, torch.bfloat16 if half else torch.float32)
-        return f"within documents ({kernel})"
 
     def _describe_repetitions(self, num_rows: int | None) -> list[str]:
         if self.data.repetitions is None:
@@ -212,8 +201,8 @@ def _setting_problems(options: Options) -> list[str]:
     gpu = has_accelerator()
     layout = layout_of(options, world_size())
     problems = network_problems() + setting_problems(options, gpu)
-    problems += recompute_problems(options, layout)
-    problems += kernel_problems(options, layout, gpu) + compile_problems(options, layout)
+    problems += recompute_problems(options, layout, gpu)
+    problems += kernel_problems(options, gpu) + compile_problems(options, layout, gpu)
     problems += data_option_problems(options)
     if options.script == "finetune":
         problems += chat_problems(options)

@@ -6,7 +6,7 @@ matrix products and attention gave is kept too, so only what is cheap is compute
 rotary embedding, the SwiGLU product, casts. No product is computed twice.
 
 Invariant: loss and gradients are the same to the bit in all three modes, under every plugin that
-`recompute_problems` lets through.
+`option_checks.recompute_problems` lets through.
 """
 
 from collections import deque
@@ -17,11 +17,6 @@ import torch.distributed  # registers torch.ops.c10d
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-
-from llama_lib import option_checks
-from llama_lib.config import Options
-from llama_lib.launch import has_accelerator
-from llama_lib.layout import Layout
 
 _aten = torch.ops.aten
 
@@ -111,8 +106,3 @@ def use_recompute(model: Any, mode: str) -> None:
     if mode == "selective":
         settings["context_fn"] = selective_contexts
     model.gradient_checkpointing_enable(settings)
-
-
-def recompute_problems(options: Options, layout: Layout) -> list[str]:
-    """Why this run cannot recompute as it asks to; each with what it can."""
-    return option_checks.recompute_problems(options, layout, has_accelerator())

@@ -79,6 +79,7 @@ def _in_memory(
     """Build the model, load what it starts from, train."""
     options = run.options
     engine = Engine(options, run.layout, run.config, device, run.plan.accumulation)
+    say(engine.describe_kernels())
     if options.model.lora_rank:
         count = sum(map(math.prod, engine.trained.values()))
         say(f"adapters of rank {options.model.lora_rank}: {count:,} trained parameters")

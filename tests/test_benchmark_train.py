@@ -118,6 +118,33 @@ def test_resuming_keeps_the_runs_of_the_same_measurement_only(tmp_path):
         train.kept_runs(path, about | {"sources": "b"})
 
 
+@pytest.mark.parametrize(
+    ("contenders", "threads", "cores", "refused"),
+    [
+        ("zero2-2,trainer-2", 2, 8, True),
+        ("zero2-2", 1, 2, True),
+        ("zero2-2", 3, 8, True),
+        ("zero2-2", 2, 2, False),
+        ("zero2-2", 3, 3, False),
+        ("zero2-2", 1, 1, False),
+        ("zero2-2", 4, 8, False),
+        ("zero2", 1, 8, False),
+        ("zero2", 0, 8, True),
+    ],
+)
+def test_threads_that_ours_would_not_keep_to_are_refused(
+    monkeypatch, contenders, threads, cores, refused
+):
+    """torchrun's OMP_NUM_THREADS=1 and the user's cannot be told apart by pretrain.py."""
+    monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(cores)))
+    flags = ["--only", contenders, "--threads", str(threads)]
+    if refused:
+        with pytest.raises(SystemExit, match=f"--threads {threads}"):
+            train.arguments_of(flags)
+    else:
+        assert train.arguments_of(flags).threads == threads
+
+
 def test_notes_are_the_times_between_moments(tmp_path):
     notes = Notes()
     notes.moments, notes.losses = [1.0, 3.0, 3.5], [torch.tensor(5.0), 4.0]
@@ -381,7 +408,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pretrain_and_the_rivals_train_alike_on_its_rows(tmp_path, tokens):
     """The proof that the comparison is fair."""
     arguments = train.arguments_of(
-        [*TINY, "--precision", "fp32", "--steps", "4", "--ignore", "1", "--threads", "1"]
+        [*TINY, "--precision", "fp32", "--steps", "4", "--ignore", "1"]
+        + ["--only", "zero2", "--threads", "1"]
     )
     bench = train.Bench(arguments, tmp_path / "work", tokens)
     ours = train.contender_of("zero2")

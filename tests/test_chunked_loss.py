@@ -74,12 +74,13 @@ def test_fp16_gradients_are_rounded_at_the_scale_of_the_loss(monkeypatch):
     """Divided by millions of labels before the loss scale, they would all be zero in fp16."""
     monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", 7 * VOCABULARY)
     hidden, weight, targets = example(torch.float16)
-    labels, loss_scale = 4e6, 2.0**16
+    labels, loss_scale = 4e6, torch.tensor([2.0**16])  # one axis, as ColossalAI's
     scale = loss_scale / labels
-    usual = gradients(at_once(hidden, weight, targets), scale, hidden, weight)
-    found = gradients(
-        linear_cross_entropy(hidden, weight, targets, scale=scale), scale, hidden, weight
-    )
+    usual = gradients(at_once(hidden, weight, targets), scale.item(), hidden, weight)
+    with LargestOfType(torch.float32) as made:
+        loss = linear_cross_entropy(hidden, weight, targets, scale=scale)
+        found = gradients(loss, scale.item(), hidden, weight)
+    assert made.elements <= max(7 * VOCABULARY, weight.numel()), "an fp32 copy of all gradients"
     for one, other in zip(found, usual, strict=True):
         assert one.count_nonzero() > 0.99 * other.count_nonzero() > 0
         assert (one.float() - other.float()).norm() < 5e-3 * other.float().norm()

@@ -208,6 +208,8 @@ def test_everything_wrong_is_said_at_once(tmp_path):
         (["--spec_file"], "--spec_file: got no value"),
         (["--spec_file", "missing.yaml"], "No such file"),
         (["--accumulation_steps", "2", "--global_batch_tokens", "4m"], "expected one"),
+        (["-g", "--recompute", "none"], "got --recompute none too"),
+        (["-g", "--recompute", "selective"], "got --recompute selective too"),
     ],
 )
 def test_one_mistake_one_message(argv, message):

@@ -4,7 +4,6 @@ And what the model is handed for a micro-batch; what comes out of it is tests/di
 """
 
 import hashlib
-import logging
 
 import pytest
 import torch
@@ -108,6 +107,14 @@ def test_the_score_is_what_transformers_says(process_group):
     assert found.correct == right.sum()
 
 
+def test_the_kernels_of_a_run_are_named(process_group):
+    assert engine_of("-g").describe_kernels() == (
+        "kernels: attention sdpa; norms, rotary embedding and SwiGLU torch; loss from a piece of "
+        "the logits at a time; recompute full"
+    )
+    assert "loss from all logits at once" in engine_of("--no-chunked_loss").describe_kernels()
+
+
 DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1]], dtype=torch.int32)
 
 
@@ -116,10 +123,9 @@ def micro_batch(documents: torch.Tensor | None) -> MicroBatch:
     return MicroBatch(ids, ids, documents)
 
 
-def test_documents_reach_the_model_as_a_mask_and_positions(process_group, caplog):
-    with caplog.at_level(logging.INFO, "llama_lib"):
-        masked = engine_of("--document_mask")
-    assert "document mask kernel: sdpa_block_mask" in caplog.messages
+def test_documents_reach_the_model_as_a_mask_and_positions(process_group):
+    masked = engine_of("--document_mask")
+    assert "attention sdpa_block_mask;" in masked.describe_kernels()
     inputs = masked._inputs(micro_batch(DOCUMENTS))
     assert inputs["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4]]
     seen = inputs["attention_mask"].allowed.sum(-1).squeeze(1)  # tokens each token sees

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llama_lib.config import Options, parse_options
+from llama_lib.config import Options, dump_yaml, parse_options
 from llama_lib.errors import UserError
 from llama_lib.layout import SEQUENCE_MODES, BatchPlan, layout_of, layout_problems, plan_batches
 from tests.distributed.cases import MODEL as SMALL_MODEL
@@ -66,6 +66,8 @@ def test_processes_are_divided(flags, processes, expected):
         ("-p hybrid_parallel --sp 4 --tp 2 --sp_mode split_gather", 8, "takes its size from --tp"),
         ("-p hybrid_parallel --tp 2 --sp 2 --sp_mode all_to_all", 4, "not tested; use --tp 1"),
         ("-p hybrid_parallel --pp 2 --tp 2 --sp_mode split_gather", 4, "use --pp 1"),
+        ("-p zero2 --pp_style interleaved", 2, "--pp_style interleaved needs -p hybrid_parallel"),
+        ("-p gemini --num_model_chunks 3", 2, "--num_model_chunks 3 needs -p hybrid_parallel"),
         ("-p hybrid_parallel --pp_style interleaved", 2, "needs --pp 2 or more"),
         ("-p hybrid_parallel --pp 2 --num_model_chunks 2", 2, "belongs to --pp_style interleaved"),
         ("-p hybrid_parallel --pp 2 --pp_style interleaved", 2, "valid values: 2 to"),
@@ -204,6 +206,22 @@ def test_too_little_data_or_tokens_is_refused():
 def test_a_pipeline_needs_a_micro_batch_for_every_stage():
     with pytest.raises(UserError, match="at least 2 micro-batches per step; got 1"):
         plan("-p hybrid_parallel --pp 2 -b 4 --microbatch_size 4", rows=100)
+
+
+def test_an_interleaved_pipeline_needs_a_multiple_of_its_stages():
+    flags = "-p hybrid_parallel --pp 2 --pp_style interleaved --num_model_chunks 2"
+    with pytest.raises(UserError, match="needs a multiple of 2 micro-batches per step; got 3"):
+        plan(f"{flags} -b 3", rows=100)
+    assert plan(f"{flags} -b 4", rows=100).num_steps > 0
+
+
+@pytest.mark.parametrize("layout", ["--tp 2 -b 2", "--pp 2 -b 2"])
+def test_a_run_accepts_its_own_saved_options(tmp_path, layout):
+    """They name every option, --chunked_loss too, which these layouts refuse if it is typed."""
+    flags = ["-d", "unused", "-p", "hybrid_parallel", "-x", "bf16", *layout.split()]
+    dump_yaml(parse_options("pretrain", flags), tmp_path / "specs.yaml")
+    again = parse_options("pretrain", ["--spec_file", str(tmp_path / "specs.yaml")])
+    assert layout_problems(again, 2, MODEL) == []
 
 
 def test_a_warm_up_longer_than_a_tenth_of_the_run_is_pointed_out():

@@ -20,15 +20,10 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llama_lib import model_kernels, option_checks
-from llama_lib.config import parse_options
+from llama_lib.config import Options, parse_options
 from llama_lib.layout import Layout, layout_of
-from llama_lib.model_kernels import (
-    compile_layers,
-    compile_problems,
-    has_liger,
-    kernel_problems,
-    use_kernels,
-)
+from llama_lib.model_kernels import compile_layers, has_liger, use_kernels
+from llama_lib.option_checks import compile_problems, kernel_problems
 from llama_lib.recompute import use_recompute
 
 SHAPE: dict[str, Any] = {
@@ -186,30 +181,40 @@ def test_auto_takes_liger_only_where_it_runs(monkeypatch):
         (CUDA, False, "torch (liger_kernel is not installed)"),
         (CUDA, True, "torch (compiled)"),
     ]:
-        assert use_kernels(untouched, "auto", device, ZERO2, compiled) == chosen
+        assert use_kernels(untouched, "auto", device, ZERO2, compiled=compiled) == chosen
     assert use_kernels(untouched, "torch", CUDA, ZERO2) == "torch"
     assert [module.__dict__.get("forward") for module in untouched.modules()] == before
     with liger_stand_in():
         split = Layout("hybrid_parallel", 2, tp=2, sp=2, sp_mode="split_gather")
         assert use_kernels(model(), "liger", CUDA, split) == "liger (rotary: torch)"
+        flash = use_kernels(model(), "liger", CUDA, Layout("hybrid_parallel", 1), flash=True)
+        assert flash == "liger (rotary: torch)"
 
 
-def problems_of(check: Any, flags: str, *more: Any, processes: int = 2) -> list[str]:
-    options = parse_options("pretrain", f"-d unused {flags}".split())
-    return check(options, layout_of(options, processes), *more)
+def options_of(flags: str) -> Options:
+    return parse_options("pretrain", f"-d unused {flags}".split())
+
+
+def kernels_refused(flags: str, has_gpu: bool) -> list[str]:
+    return kernel_problems(options_of(flags), has_gpu)
+
+
+def compiling_refused(flags: str) -> list[str]:
+    options = options_of(flags)
+    return compile_problems(options, layout_of(options, 2), has_gpu=False)
 
 
 def test_a_typed_liger_is_refused_where_it_cannot_run(monkeypatch):
     for flags in ("", "--kernels torch", "--kernels auto --compile"):
-        assert problems_of(kernel_problems, flags, False) == []
-    (message,) = problems_of(kernel_problems, "--kernels liger", False)
+        assert kernels_refused(flags, False) == []
+    (message,) = kernels_refused("--kernels liger", False)
     assert "needs an NVIDIA GPU" in message
     monkeypatch.setattr(option_checks.importlib.util, "find_spec", lambda name: None)
-    (message,) = problems_of(kernel_problems, "--kernels liger", True)
+    (message,) = kernels_refused("--kernels liger", True)
     assert "pip install liger-kernel" in message
     monkeypatch.setattr(option_checks.importlib.util, "find_spec", lambda name: object())
-    assert problems_of(kernel_problems, "--kernels liger", True) == []
-    (message,) = problems_of(kernel_problems, "-p zero2 --kernels liger --compile", True)
+    assert kernels_refused("--kernels liger", True) == []
+    (message,) = kernels_refused("-p zero2 --kernels liger --compile", True)
     assert "--compile" in message
 
 
@@ -259,14 +264,14 @@ def test_compiled_layers_give_the_same_loss():
     ],
 )
 def test_compiling_is_refused(flags, named):
-    (message,) = problems_of(compile_problems, f"--compile {flags}")
+    (message,) = compiling_refused(f"--compile {flags}")
     assert named in message
-    assert problems_of(compile_problems, flags) == []
+    assert compiling_refused(flags) == []
 
 
 def test_compiling_needs_a_compiler(monkeypatch):
     for flags in ("-p zero2", "-p zero2_cpu -g", "-p hybrid_parallel --pp 2 --document_mask"):
-        assert problems_of(compile_problems, f"--compile {flags}") == []
+        assert compiling_refused(f"--compile {flags}") == []
     monkeypatch.setenv("CXX", "no-such-compiler")
-    (message,) = problems_of(compile_problems, "--compile -p zero2")
+    (message,) = compiling_refused("--compile -p zero2")
     assert "no-such-compiler" in message

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from llama_lib import recompute
 from llama_lib.config import parse_options
 from llama_lib.layout import layout_of
+from llama_lib.option_checks import recompute_problems
 
 BATCH, LENGTH = 2, 24
 SHAPE: dict[str, Any] = {
@@ -210,19 +211,18 @@ def test_a_layer_that_does_something_else_the_second_time_is_an_error():
 # -- options ---------------------------------------------------------------------------------------
 
 
-def problems(flags: str, processes: int = 2) -> list[str]:
+def problems(flags: str, processes: int = 2, has_gpu: bool = False) -> list[str]:
     options = parse_options("pretrain", f"-d unused {flags}".split())
-    return recompute.recompute_problems(options, layout_of(options, processes))
+    return recompute_problems(options, layout_of(options, processes), has_gpu)
 
 
-def test_what_is_refused(monkeypatch):
+def test_what_is_refused():
     split = "-p hybrid_parallel --tp 2 --sp_mode split_gather"
     assert problems(f"{split} --recompute full") == []
     (message,) = problems(f"{split} --recompute selective")
     assert "--sp_mode split_gather" in message
     assert problems("-p gemini --recompute selective --document_mask") == []
-    monkeypatch.setattr(recompute, "has_accelerator", lambda: True)
-    assert problems("-p gemini --recompute selective") == []
-    assert problems("-p gemini -g --document_mask") == []
-    (message,) = problems("-p gemini --recompute selective --document_mask")
+    assert problems("-p gemini --recompute selective", has_gpu=True) == []
+    assert problems("-p gemini -g --document_mask", has_gpu=True) == []
+    (message,) = problems("-p gemini --recompute selective --document_mask", has_gpu=True)
     assert "documents" in message

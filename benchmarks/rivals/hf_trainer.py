@@ -93,6 +93,8 @@ class Clock(TrainerCallback):
 def train(job: Job, dtype: torch.dtype) -> InOrder:
     """Trainer when it has done the job; its `notes` have the loss over all processes' rows."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # Where `bf16` is off, transformers takes this for the precision, and it leaves its own there.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     notes = Notes()
     model = initial_model(job, dtype)
     optimizer = adamw(model, job)

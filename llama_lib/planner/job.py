@@ -61,6 +61,11 @@ class Job:
         return BYTES[self.precision]
 
     @property
+    def processes_per_host(self) -> int:
+        """Processes that share a host; of the first one, which is full."""
+        return min(self.gpus_per_host, self.layout.world_size)
+
+    @property
     def micro_batches(self) -> int:
         """Forward passes of one replica per optimizer step."""
         return self.batch_size * self.accumulation // self.microbatch_size

@@ -203,7 +203,7 @@ def _zero_states(job: Job, sizes: tuple[int, ...], stage: int, offloaded: bool) 
     if job.layout.plugin == "hybrid_parallel" and ranks == job.layout.pp == 1:
         buckets = element * sum(trained)  # the plugin wraps a single replica in torch's DDP
     if offloaded:
-        processes = _processes(job)
+        processes = job.processes_per_host
         host = {"master": master, "optimizer": moments, "gradients": copies}
         host = {kind: processes * count for kind, count in host.items()}
         copies = 0
@@ -254,24 +254,25 @@ def _gemini_states(job: Job, sizes: tuple[int, ...]) -> _States:
     """
     element, ranks = job.element, job.layout.world_size
     chunks = gemini_chunks(job.shape, sizes, ranks)
+    counts = [(chunk.size, chunk.parameters) for chunk in chunks]
     parts = [chunk.size // ranks for chunk in chunks]
     # AdamW's moments are made for the used elements; the first rank has the fewest unused ones.
     used = [min(part, chunk.used) for part, chunk in zip(parts, chunks, strict=True)]
-    away = _offloaded_chunks(job, [(chunk.size, chunk.parameters) for chunk in chunks])
+    away = _offloaded_chunks(job, counts)
     here = [not gone for gone in away]
     whole, stay, leave = sum(parts), _of(parts, here), _of(parts, away)
     accumulating = job.accumulation > 1
     largest = max(chunk.size for chunk in chunks)
     # The chunk in use and the one being reduced are whole; so is one weight's gradient.
     gathered = element * (2 * largest + max(sizes))
-    weights_leave = _weights_are_evicted(job, [(c.size, c.parameters) for c in chunks])
+    weights_leave = _weights_are_evicted(job, counts)
     weights = 0 if weights_leave else element * whole
     # The working parts of offloaded chunks are on the host from the gradient's reduction until the
     # next forward pass takes the weights from the fp32 ones.
     after = element * stay
     device = {"master": MASTER * stay, "optimizer": MOMENTS * _of(used, here)}
     gradients = element * stay if accumulating else 0
-    processes = _processes(job)
+    processes = job.processes_per_host
     on_host = [min(processes * part, c.used) for part, c in zip(parts, chunks, strict=True)]
     host = {
         "weights": processes * element * leave if accumulating else 0,
@@ -290,11 +291,6 @@ def _gemini_states(job: Job, sizes: tuple[int, ...]) -> _States:
         at_step={"weights": after, "gradients": gradients},
         evictable=weights if job.layout.plugin == "gemini_auto" else 0,
     )
-
-
-def _processes(job: Job) -> int:
-    """Processes that share a host; the first host of a run, which has no empty parts."""
-    return min(job.gpus_per_host, job.layout.world_size)
 
 
 def _of(numbers: list[int], chosen: list[bool]) -> int:
@@ -325,6 +321,27 @@ def _weights_are_evicted(job: Job, chunks: list[tuple[int, int]]) -> bool:
     """
     kept = (1 - job.offload_param_frac) * sum(size * count for size, count in chunks)
     return job.offload_param_frac > 0 and kept < max(size for size, _ in chunks)
+
+
+def _chunk_counts(job: Job) -> list[tuple[int, int]]:
+    chunks = gemini_chunks(job.shape, local_parameters(job), job.layout.world_size)
+    return [(chunk.size, chunk.parameters) for chunk in chunks]
+
+
+def offloaded_share(job: Job) -> float:
+    """Share of master weights and moments that is in host memory, 0 to 1."""
+    if job.layout.plugin in ("zero2_cpu", "gemini_auto"):
+        return 1.0
+    if job.layout.plugin != "gemini" or not job.offload_optim_frac:
+        return 0.0
+    counts = _chunk_counts(job)
+    sizes = [size for size, _ in counts]
+    return _of(sizes, _offloaded_chunks(job, counts)) / sum(sizes)
+
+
+def weights_return(job: Job) -> bool:
+    """Whether gemini moves the weights back to the host after each use."""
+    return job.offload_param_frac > 0 and _weights_are_evicted(job, _chunk_counts(job))
 
 
 def _trained(job: Job, sizes: tuple[int, ...]) -> tuple[int, list[int]]:

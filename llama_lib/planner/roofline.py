@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from llama_lib.flops import matmul_parameters, num_parameters
 from llama_lib.planner.hardware import Machines
 from llama_lib.planner.job import Job
-from llama_lib.planner.memory import stage_layers
+from llama_lib.planner.memory import offloaded_share, stage_layers, weights_return
 
 # Share of the dense peak that the matrix products of a layer reach, beside their memory traffic,
 # which is counted apart. One number for each generation, fitted to ColossalAI's published rows
@@ -71,8 +71,8 @@ GIGA = 1e9
 class StepTime:
     """Seconds of one optimizer step by what they are spent on, and the tokens it trains.
 
-    `parts`: matmul, attention, memory (element-wise kernels), network (collectives nothing hides),
-    bubble (pipeline stages that wait), optimizer, offload (PCI Express and the host's update).
+    `parts`: matmul, attention, memory (element-wise kernels), network (collectives that nothing
+    hides, messages between stages), bubble (pipeline stages that wait), optimizer, offload (PCI Express and the host's update).
     """
 
     parts: dict[str, float]
@@ -121,7 +121,7 @@ def step_time(job: Job, machines: Machines, evicted: int = 0) -> StepTime | None
     # Interleaved, a stage waits for parts of the model that are so much shorter.
     parts["bubble"] = (layout.pp - 1) * sum(forward_backward.values()) / job.model_chunks
     backward = work.backward * micro_batches
-    parts["network"] += _exchange(job, machines, backward)
+    parts["network"] += _exchange(job, machines, backward) + _messages(job, machines)
     parts["optimizer"], parts["offload"] = _update(job, machines, evicted)
     return StepTime(parts, job.tokens_per_step, layout.world_size, _unknown(job, machines))
 
@@ -242,6 +242,23 @@ def _sequence_parallel(job: Job, machines: Machines, layers: float, tokens: floa
     return 2 * layers * collective(machines, volume, 1, size)
 
 
+def _messages(job: Job, machines: Machines) -> float:
+    """Seconds in which a stage hands on its outputs and their gradients; it waits for them.
+
+    Neighbouring stages are tp ranks apart. Where a replica is on more than one host the slowest of
+    them sets the pace, each rank with its part of the host's network.
+    """
+    layout = job.layout
+    if layout.pp == 1:
+        return 0.0
+    rate = machines.gpu.link
+    if layout.tp * layout.pp > machines.gpus_per_host:
+        network = machines.network
+        rate = None if network is None else network / machines.gpus_per_host
+    volume = job.microbatch_size * job.max_length * job.shape.hidden_size * job.element
+    return 2 * job.micro_batches * job.model_chunks * _seconds(volume, rate, LINK_SHARE)
+
+
 def _exchange(job: Job, machines: Machines, backward: float) -> float:
     """Seconds of exchanging gradients and weights among replicas that the backward pass leaves.
 
@@ -273,26 +290,19 @@ def _exchange(job: Job, machines: Machines, backward: float) -> float:
     return gathered + reduced - hidden
 
 
-def optimizer_on_host(job: Job) -> float:
-    """Share of the optimizer's state in host memory; gemini_auto keeps all of it there."""
-    if job.layout.plugin in ("zero2_cpu", "gemini_auto"):
-        return 1.0
-    return job.offload_optim_frac
-
-
 def _update(job: Job, machines: Machines, evicted: int) -> tuple[float, float]:
     """(seconds of the update on the GPU, of moving to and updating on the host)."""
     layout, gpu = job.layout, machines.gpu
     replicas = layout.dp * layout.sequence_axis if layout.zero_stage else 1
     per_rank = num_parameters(job.shape) / (layout.tp * layout.pp)
     own = (job.lora_parameters or per_rank) / replicas
-    on_host = optimizer_on_host(job)
+    on_host = offloaded_share(job)
     update = _seconds(own * (1 - on_host) * UPDATE_BYTES, gpu.bandwidth, MEMORY_SHARE)
     # Gradients down, every micro-step; new weights up.
     moved = own * on_host * job.element * (job.accumulation + 1)
     # Down and up again each time that the weights are gathered.
     gathers = 2 if job.recompute == "none" else 3
-    leaving = per_rank / replicas * job.offload_param_frac * job.element + evicted
+    leaving = per_rank / replicas * weights_return(job) * job.element + evicted
     moved += leaving * 2 * gathers * job.accumulation
     host = _seconds(moved, gpu.pcie, LINK_SHARE)
     processes = min(machines.gpus_per_host, layout.world_size)
@@ -310,6 +320,6 @@ def _unknown(job: Job, machines: Machines) -> tuple[str, ...]:
         missing.append("links between the GPUs of a host")
     if machines.network is None and machines.spanning(layout.world_size) > 1:
         missing.append("network between hosts")
-    if gpu.pcie is None and optimizer_on_host(job):
+    if gpu.pcie is None and offloaded_share(job):
         missing.append("way from the GPU to host memory")
     return tuple(missing)

@@ -4,33 +4,42 @@ Invariant: what is offered has passed the checks that the training scripts make 
 command of a plan is refused by the program it is for.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llama_lib.config import PLUGINS, Options
-from llama_lib.errors import UserError
-from llama_lib.layout import (
-    BatchPlan,
-    divisors,
-    layout_of,
-    layout_problems,
-    plan_batches,
-)
+from llama_lib.flops import num_parameters
+from llama_lib.layout import divisors, layout_of
 from llama_lib.models import Shape
-from llama_lib.option_checks import UNLIMITED_ROWS, compile_problems, recompute_problems
+from llama_lib.option_checks import (
+    compile_problems,
+    model_problems,
+    recompute_problems,
+    setting_problems,
+)
 from llama_lib.planner.hardware import GIB, Machines
 from llama_lib.planner.job import Job, job_of
-from llama_lib.planner.memory import Memory, memory
-from llama_lib.planner.roofline import StepTime, optimizer_on_host, step_time
+from llama_lib.planner.memory import Memory, memory, offloaded_share
+from llama_lib.planner.roofline import StepTime, step_time
 
 # Memory of a GPU that no tensor can have: the CUDA context with its libraries, NCCL's buffers and
 # what the allocator loses between blocks. Chosen, not measured: 1 GiB and 4% of the card.
 RESERVED_BYTES = GIB
 RESERVED_SHARE = 0.04
 
-# Tokens of a step that layouts are compared at: the batch of LLaMA (arXiv 2302.13971, table 2).
-STEP_TOKENS = 2**22
+# Tokens of a step by the model's parameters, up to so many; beyond them the batch of LLaMA (4 Mi,
+# arXiv 2302.13971, table 2). Chosen: a small model is trained on fewer tokens, in enough steps. The
+# models called 13B have 13.02e9 parameters.
+_STEP_TOKENS = ((2e9, 2**19), (14e9, 2**20))
+_MOST_STEP_TOKENS = 2**22
+
+# Predicted rates that differ by less count as equal: predictions are not better than that.
+EQUAL_RATES = 0.05
+# A run that needs more than this share of the room may not get it: fragments, longer collectives.
+# Chosen.
+COMFORTABLE = 0.95
 
 # Share of those tokens that a batch has to reach by accumulation: 127 rows are not made of 70.
 NEARLY = 0.95
@@ -40,6 +49,17 @@ _MICROBATCHES = (1, 2, 4, 8)
 _RECOMPUTE = ("none", "selective", "full")
 # Shares of (optimizer, weights) in host memory that are tried under gemini.
 _OFFLOADS = ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (1.0, 1.0))
+# What an option of the one plugin, layout or schedule is elsewhere.
+_OF_A_PLUGIN: dict[str, Any] = {
+    "tp": 1,
+    "pp": 1,
+    "pp_style": "1f1b",
+    "num_model_chunks": 1,
+    "microbatch_size": None,
+    "zero_stage": None,
+    "offload_optim_frac": 0.0,
+    "offload_param_frac": 0.0,
+}
 # A batch no search goes beyond where nothing else bounds it.
 _MOST_ROWS = 4096
 
@@ -77,7 +97,7 @@ def lacking(job: Job, need: Memory, limit: Limits) -> int:
     moved = evicted(need, limit)
     lacks = max(0, need.device_total - moved - limit.device)
     if limit.host is not None:
-        lacks += max(0, need.host_total + _processes(job) * moved - limit.host)
+        lacks += max(0, need.host_total + job.processes_per_host * moved - limit.host)
     return lacks
 
 
@@ -91,11 +111,12 @@ def evicted(need: Memory, limit: Limits) -> int:
 def shared_bytes(job: Job, need: Memory) -> int:
     """Bytes of one host whose processes compute on its CPUs: nothing is copied to be pinned."""
     pinned = need.host.get("buffers", 0)
-    return need.device_total * _processes(job) + need.host_total - pinned
+    return need.device_total * job.processes_per_host + need.host_total - pinned
 
 
-def _processes(job: Job) -> int:
-    return min(job.gpus_per_host, job.layout.world_size)
+def is_tight(job: Job, need: Memory, limit: Limits) -> bool:
+    """Whether tensors of these sizes take nearly all the room, or more than all of it."""
+    return lacking(job, need, replace(limit, device=int(COMFORTABLE * limit.device))) > 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,7 @@ class Plan:
     need: Memory
     time: StepTime | None
     fits: bool
+    tight: bool
 
     @property
     def tokens_per_second(self) -> float:
@@ -120,33 +142,25 @@ def plan_of(
     job = job_of(options, shape, world_size, machines.gpus_per_host)
     need = memory(job)
     time = step_time(job, machines, evicted(need, limit))
-    return Plan(options, job, need, time, fits(job, need, limit))
+    return Plan(options, job, need, time, fits(job, need, limit), is_tight(job, need, limit))
 
 
-def refusals(options: Options, shape: Any, world_size: int) -> list[str]:
-    """What the training scripts would say against layout and batch, on GPUs or without."""
+def step_tokens_of(shape: Shape) -> int:
+    """Tokens of an optimizer step where nobody says how many."""
+    count = num_parameters(shape)
+    return next((tokens for most, tokens in _STEP_TOKENS if count < most), _MOST_STEP_TOKENS)
+
+
+def refusals(options: Options, shape: Any, world_size: int, has_gpu: bool = True) -> list[str]:
+    """What the training scripts would say against these options.
+
+    Args:
+        has_gpu: whether the run computes on GPUs.
+    """
     layout = layout_of(options, world_size)
-    problems = layout_problems(options, world_size, shape)
-    problems += recompute_problems(options, layout, has_gpu=True)
-    problems += compile_problems(options, layout, has_gpu=True)
-    context = shape.max_position_embeddings
-    if options.model.max_length > context and "max_length" in options.typed:
-        problems.append(
-            f"--max_length {options.model.max_length} is more than the model's context of "
-            f"{context}; use at most {context}."
-        )
-    if problems:
-        return problems
-    try:
-        _batches(options, world_size)
-    except UserError as error:
-        return error.problems
-    return []
-
-
-def _batches(options: Options, world_size: int) -> BatchPlan:
-    layout = layout_of(options, world_size)
-    return plan_batches(options, layout, options.model.max_length, UNLIMITED_ROWS)
+    problems = setting_problems(options, has_gpu) + model_problems(options, shape, world_size)
+    problems += recompute_problems(options, layout, has_gpu)
+    return problems + compile_problems(options, layout, has_gpu)
 
 
 def changed(options: Options, **values: Any) -> Options:
@@ -167,9 +181,10 @@ def with_recompute(options: Options, mode: str) -> Options:
     )
 
 
-def largest(accepts: Callable[[int], bool], limit: int) -> int:
-    """The largest number of 1 to `limit` that is accepted, all below it being so too; 0: none."""
-    low, high = 0, limit
+def largest(accepts: Callable[[int], bool], limit: int, above: int = 0) -> int:
+    """The largest number over `above`, of at most `limit`, that is accepted, all of them below it
+    being so too; `above`: none."""
+    low, high = above, limit
     while low < high:
         middle = (low + high + 1) // 2
         if accepts(middle):
@@ -185,7 +200,8 @@ class Question:
 
     Attributes:
         options: model, row length, precision and everything else that stays.
-        step_tokens: tokens of an optimizer step, reached by accumulation as nearly as possible.
+        step_tokens: tokens of an optimizer step, reached by accumulation as nearly as possible;
+            plans say it as --global_batch_tokens where `options` do, else as --accumulation_steps.
         plugin, tp, pp, batch_size, recompute: fixed where given.
     """
 
@@ -194,7 +210,7 @@ class Question:
     world_size: int
     machines: Machines
     limit: Limits
-    step_tokens: int = STEP_TOKENS
+    step_tokens: int
     plugin: str | None = None
     tp: int | None = None
     pp: int | None = None
@@ -202,31 +218,19 @@ class Question:
     recompute: str | None = None
 
 
-def largest_batch(options: Options, asked: Question) -> int:
-    """Rows of the largest --batch_size that fits with these options; 0: not even one row.
+def largest_batch(job: Job, limit: Limits) -> int:
+    """Rows of the largest --batch_size that fits, everything else, accumulation too, being this
+    job's; 0: not even one row. Not for pipelines, whose memory goes by the micro-batch."""
+    return largest(lambda rows: _rows_fit(job, rows, job.accumulation, limit), _MOST_ROWS)
 
-    In a pipeline memory goes by the micro-batch: the batch is then as large as a step may be.
-    """
-    layout = layout_of(options, asked.world_size)
-    most = max(1, min(_MOST_ROWS, asked.step_tokens // (options.model.max_length * layout.dp)))
 
-    def accepts(rows: int) -> bool:
-        tried = changed(options, batch_size=rows, accumulation_steps=1, global_batch_tokens=None)
-        job = job_of(tried, asked.shape, asked.world_size, asked.machines.gpus_per_host)
-        return fits(job, memory(job), asked.limit)
-
-    if layout.pp == 1:
-        return largest(accepts, most)
-    micro = options.parallel.microbatch_size or 1
-    rows = max(layout.pp, most // micro) * micro
-    return rows if accepts(rows) else 0
+def _rows_fit(job: Job, rows: int, accumulation: int, limit: Limits) -> bool:
+    tried = replace(job, batch_size=rows, microbatch_size=rows, accumulation=accumulation)
+    return fits(tried, memory(tried), limit)
 
 
 def search(asked: Question) -> list[Plan]:
-    """The best plan of every plugin, layout and way of recomputing, fastest first.
-
-    Those that do not fit come last, each with its smallest batch, the nearest to fitting first.
-    """
+    """The best plans of every plugin, layout and way of recomputing, as `ranked` orders them."""
     found: list[Plan] = []
     too_large: set[Any] = set()
     for options in _candidates(asked):
@@ -234,26 +238,54 @@ def search(asked: Question) -> list[Plan]:
         kind = (*vars(parallel).values(), options.recompute)
         if kind in too_large:
             continue  # a smaller micro-batch did not fit
-        plan = _best_batch(options, asked)
-        if plan is None:
-            continue
-        found.append(plan)
-        if not plan.fits:
+        plans = _best_batches(options, asked)
+        found += plans
+        if plans and not plans[0].fits:
             too_large.add(kind)
-    return sorted(found, key=lambda plan: _rank(plan, asked.limit))
+    return ranked(found, asked.limit)
 
 
-def _rank(plan: Plan, limit: Limits) -> tuple[float, ...]:
-    if not plan.fits:
-        return 1, excess(plan, limit)
-    moved = optimizer_on_host(plan.job)
-    if plan.time is None:
-        # Without a speed: what computes least again and moves least comes first.
-        return 0, _RECOMPUTE.index(plan.job.recompute), moved, plan.need.device_total
-    # A time that leaves something out is no promise: it comes after those that leave out less. Of
-    # rates that three digits do not tell apart the one that leaves more memory comes first.
-    rate = float(f"{plan.tokens_per_second:.3g}")
-    return 0, len(plan.time.unknown), -rate, moved, plan.need.device_total
+def ranked(plans: Iterable[Plan], limit: Limits) -> list[Plan]:
+    """The fastest plans first; those that do not fit last, the nearest to fitting before others.
+
+    Rates within EQUAL_RATES of the fastest count as equal to it; then what can go wrong decides.
+    """
+    plans = list(plans)
+    # A time that leaves something out is no promise: it comes after those that leave out less.
+    left = sorted(
+        (plan for plan in plans if plan.fits),
+        key=lambda plan: (_left_out(plan), -plan.tokens_per_second),
+    )
+    order: list[Plan] = []
+    while left:
+        fastest = left[0]
+        least = (1 - EQUAL_RATES) * fastest.tokens_per_second
+        equal = [
+            plan
+            for plan in left
+            if _left_out(plan) == _left_out(fastest) and plan.tokens_per_second >= least
+        ]
+        order += sorted(equal, key=_preference)
+        left = left[len(equal) :]
+    lacks = [plan for plan in plans if not plan.fits]
+    return order + sorted(lacks, key=lambda plan: excess(plan, limit))
+
+
+def _left_out(plan: Plan) -> int:
+    return 0 if plan.time is None else len(plan.time.unknown)
+
+
+def _preference(plan: Plan) -> tuple[float, ...]:
+    """Order of plans that are equally fast, or of unknown speed."""
+    # Without a speed: what computes least again comes first.
+    again = 0 if plan.time is not None else _RECOMPUTE.index(plan.job.recompute)
+    return (
+        again,
+        offloaded_share(plan.job),
+        plan.tight,
+        plan.job.layout.plugin != "zero2",
+        plan.need.device_total,
+    )
 
 
 def excess(plan: Plan, limit: Limits) -> int:
@@ -271,7 +303,9 @@ def _candidates(asked: Question) -> Iterator[Options]:
             continue
         for layout in _layouts(plugin, asked):
             for mode in _RECOMPUTE if asked.recompute is None else (asked.recompute,):
-                options = with_recompute(changed(asked.options, plugin=plugin, **layout), mode)
+                # What belongs to one plugin would have the others refused.
+                chosen = _OF_A_PLUGIN | layout
+                options = with_recompute(changed(asked.options, plugin=plugin, **chosen), mode)
                 rows = layout.get("microbatch_size") or 1
                 least = rows * max(1, layout.get("pp", 1))
                 tried = changed(
@@ -280,7 +314,7 @@ def _candidates(asked: Question) -> Iterator[Options]:
                     accumulation_steps=1,
                     global_batch_tokens=None,
                 )
-                if not refusals(tried, shape, world):
+                if not refusals(tried, shape, world, not asked.machines.shared_memory):
                     yield tried
 
 
@@ -301,7 +335,11 @@ def _layouts(plugin: str, asked: Question) -> Iterator[dict[str, Any]]:
                 replicas = asked.world_size // (tp * pp)
                 # The stage that layout_of chooses by itself is left to it.
                 own = int(replicas > 1 and asked.options.training.mixed_precision != "fp32")
+                # Alone, or sharing all but the weights, it is zero2 with more copies.
+                is_zero2 = tp == pp == 1 and asked.plugin is None
                 for stage in (0, 1, 2) if replicas > 1 else (0,):
+                    if is_zero2 and (stage == 2 or replicas == 1):
+                        continue
                     sizes = {"tp": tp, "pp": pp, "zero_stage": None if stage == own else stage}
                     if pp == 1:
                         yield sizes
@@ -312,19 +350,61 @@ def _layouts(plugin: str, asked: Question) -> Iterator[dict[str, Any]]:
                         yield sizes | {"microbatch_size": rows}
 
 
-def _best_batch(options: Options, asked: Question) -> Plan | None:
-    """These options with the largest batch that fits, accumulated to a step; None: refused."""
+def _best_batches(options: Options, asked: Question) -> list[Plan]:
+    """These options with the largest batch that fits, accumulated to a step, and, if that leaves
+    little room, with the largest that leaves some; nothing: refused."""
+    plan = _with_batch(options, asked, asked.limit)
+    if plan is None:
+        return []
+    if not (plan.fits and plan.tight) or asked.batch_size is not None or plan.job.layout.pp > 1:
+        return [plan]
+    room = replace(asked.limit, device=int(COMFORTABLE * asked.limit.device))
+    smaller = _with_batch(options, asked, room)
+    return [plan] if smaller is None or smaller.tight else [plan, smaller]
+
+
+def _with_batch(options: Options, asked: Question, limit: Limits) -> Plan | None:
+    """The plan with the largest batch that fits in `limit`; None: refused."""
     layout = layout_of(options, asked.world_size)
-    in_step = max(1, asked.step_tokens // (layout.dp * options.model.max_length))
+    of_a_row = layout.dp * options.model.max_length
+    in_step = max(1, asked.step_tokens // of_a_row)
     rows = options.training.batch_size
     if asked.batch_size is None:
-        rows = max(rows, largest_batch(options, asked))
-        if layout.pp == 1:
-            rows = _even(rows, in_step)
-    options = changed(options, batch_size=rows, accumulation_steps=max(1, in_step // rows))
-    if refusals(options, asked.shape, asked.world_size):
+        rows = max(rows, _rows_of_a_step(options, asked, in_step, limit))
+    steps = max(1, in_step // rows)
+    in_tokens = asked.options.training.global_batch_tokens is not None
+    options = changed(
+        options,
+        batch_size=rows,
+        accumulation_steps=steps,
+        global_batch_tokens=rows * steps * of_a_row if in_tokens else None,
+    )
+    has_gpu = not asked.machines.shared_memory
+    if refusals(options, asked.shape, asked.world_size, has_gpu):
         return None
     return plan_of(options, asked.shape, asked.world_size, asked.machines, asked.limit)
+
+
+def _rows_of_a_step(options: Options, asked: Question, in_step: int, limit: Limits) -> int:
+    """Rows of the largest batch that fits and of which a whole number is nearly the rows of a
+    step; 0: not even one row fits.
+
+    Gradients of earlier micro-steps need room, so a step of one is tried first. In a pipeline
+    memory goes by the micro-batch: the batch is then as large as a step may be.
+    """
+    job = job_of(options, asked.shape, asked.world_size, asked.machines.gpus_per_host)
+    if job.layout.pp > 1:
+        stages = job.layout.pp
+        return max(stages, in_step // job.microbatch_size) * job.microbatch_size
+    least = math.ceil(NEARLY * in_step)
+    most = min(_MOST_ROWS, in_step)
+    if least <= most:
+        rows = largest(lambda rows: _rows_fit(job, rows, 1, limit), most, above=least - 1)
+        if rows >= least:
+            return rows
+    # Two stand for any number above one.
+    half = min(_MOST_ROWS, in_step // 2)
+    return _even(largest(lambda rows: _rows_fit(job, rows, 2, limit), half), in_step)
 
 
 def _even(most: int, in_step: int) -> int:
