@@ -7,10 +7,15 @@ computation costs nothing.
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llama_lib import coordination
 
 
 @contextlib.contextmanager
@@ -18,10 +23,10 @@ def waiting_timed(measured: bool) -> Iterator[Callable[[], float]]:
     """Yields how many seconds this process has waited in collectives since the block began; always
     0 unless `measured`.
 
-    For gloo, whose collectives run on threads of their own: every one of them, asked for by whom it
-    may be, ends in a call of `Work.wait`, and there the process waits, for the bytes or for another
-    process that comes later. There is no hook for it in torch, so the method is replaced, and put
-    back at the end.
+    For gloo, whose collectives run on threads of their own: one that Python code asks for ends in a
+    call of `Work.wait`, and there the process waits, for the bytes or for another process that
+    comes later. There is no hook for it in torch, so the method is replaced, and put back at the
+    end. What waits elsewhere is not heard of: see `waits_in_python`.
     """
     waited = 0.0
     if not measured:
@@ -44,6 +49,18 @@ def waiting_timed(measured: bool) -> Iterator[Callable[[], float]]:
         dist.Work.wait = original  # type: ignore[method-assign]
 
 
+def waits_in_python(model: nn.Module) -> bool:
+    """Whether `waiting_timed` hears of all waiting of a training step of this boosted model.
+
+    Not so where replicas exchange gradients through DistributedDataParallel, as hybrid_parallel
+    does without ZeRO and pipeline: its reducer waits in C++.
+    """
+    return not any(
+        isinstance(module, DistributedDataParallel) and module.process_group.size() > 1
+        for module in model.modules()
+    )
+
+
 class Kernel(NamedTuple):
     """What a GPU did from `begin` to `end`, in seconds of one clock."""
 
@@ -56,9 +73,28 @@ class Kernel(NamedTuple):
         return self.name.startswith("nccl")
 
 
-def exposed_seconds(work: Callable[[], Any]) -> float:
-    """Time in which `work` keeps this process's GPU busy with NCCL alone, by the profiler."""
-    return communication_alone(_profiled(work))
+def exposed_seconds(phases: Mapping[str, Callable[[], Any]]) -> dict[str, float] | None:
+    """Seconds in which each phase of a step keeps a GPU busy with NCCL alone, mean of the ranks.
+
+    To be called by all of them. The step is done twice, since setting the profiler up for the first
+    time takes the ranks unequally long, and whoever is early would wait for the others in NCCL.
+
+    Args:
+        phases: what has to be done, in its order.
+
+    Returns:
+        None if the profiler of some rank saw a GPU do nothing at all in some phase: then it does
+        not work there, and no communication in what it saw means nothing.
+    """
+    for _ in range(2):
+        kernels = {name: _profiled(work) for name, work in phases.items()}
+    mine = None
+    if all(kernels.values()):
+        mine = {name: communication_alone(each) for name, each in kernels.items()}
+    ranks = coordination.gather(mine)
+    if None in ranks:
+        return None
+    return {name: fmean(each[name] for each in ranks) for name in phases}
 
 
 def communication_alone(kernels: Sequence[Kernel]) -> float:
@@ -79,10 +115,11 @@ def communication_alone(kernels: Sequence[Kernel]) -> float:
 
 
 def _profiled(work: Callable[[], Any]) -> list[Kernel]:
-    """What `work` makes the GPU do."""
+    """What `work`, which all ranks begin together, makes the GPU of this one do."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
+        coordination.barrier()  # profilers do not start at one moment
         work()
         torch.cuda.synchronize()
     return [

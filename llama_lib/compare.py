@@ -154,7 +154,7 @@ def notes(results: Sequence[Result]) -> list[str]:
     if len({each.tokens_per_step for each in results}) > 1:
         lines.append("tokens per step differ: step times have no ratio")
     if any(each.time_shares.communication is None for each in results):
-        lines.append("communication n/a: not measured by itself, contained in forward-backward")
+        lines.append("communication n/a: not measured by itself, part of the others")
     return lines
 
 
@@ -176,6 +176,7 @@ def _description(result: Result) -> dict[str, Any]:
         "layout": result.layout,
         "attention": result.attention,
         "kernels": result.kernels,
+        "loss a piece at a time": "yes" if result.chunked_loss else "no",
         "data": result.data,
         "tokens per step": result.tokens_per_step,
         "measured steps": len(result.steps.seconds),

@@ -39,10 +39,13 @@ class Requests:
 
     `ask` starts the exchange when a step begins and `answer` reads it when the step ends, so the
     (host-only) exchange runs beside the computation and costs no device synchronisation.
+
+    Args:
+        saves: the run saves before it ends on a request.
     """
 
-    def __init__(self, save_dir: str) -> None:
-        self._save_dir = Path(save_dir)
+    def __init__(self, save_dir: str, saves: bool = True) -> None:
+        self._save_dir, self._saves = Path(save_dir), saves
         self._group = dist.new_group(backend="gloo")
         self._flags = torch.zeros(3, dtype=torch.int32)
         self._work: dist.Work | None = None
@@ -80,7 +83,12 @@ class Requests:
                 os._exit(128 + number)
             if self._signal_number == 0 and dist.get_rank() == 0:
                 name = signal.Signals(number).name
-                print(f"{name}: saving after this step, then ending", file=sys.stderr, flush=True)
+                what = (
+                    "saving after this step, then ending"
+                    if self._saves
+                    else "ending after this step"
+                )
+                print(f"{name}: {what}", file=sys.stderr, flush=True)
             with self._lock:
                 self._signal_number = self._signal_number or number
                 self._watch_step()

@@ -1,6 +1,8 @@
 """When Python looks for garbage: between two steps, not in the middle of one.
 
-Invariant: what a step leaves in reference cycles, tensors among it, is freed before the next step.
+Invariant: what nothing but reference cycles keeps when a step is done, tensors among it, is freed
+before the next step; a cycle that something else still keeps then is looked at again after at most
+STEPS_PER_FULL_COLLECTION steps.
 """
 
 import contextlib

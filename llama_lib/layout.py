@@ -27,6 +27,7 @@ class Layout:
     sp: int = 1
     sp_mode: str | None = None
     zero_stage: int = 0
+    model_chunks: int = 1
 
     @property
     def sequence_axis(self) -> int:
@@ -39,6 +40,8 @@ class Layout:
 
     def describe(self) -> str:
         parts = [f"dp {self.dp}", f"tp {self.tp}", f"pp {self.pp}"]
+        if self.model_chunks > 1:
+            parts[-1] += f" of {self.model_chunks} parts each (interleaved)"
         if self.sp_mode:
             parts.append(f"sp {self.sp} ({self.sp_mode})")
         if self.plugin == "hybrid_parallel":
@@ -62,7 +65,16 @@ def layout_of(options: Options, world_size: int) -> Layout:
         zero_stage = 1 if replicas > 1 and options.training.mixed_precision != "fp32" else 0
     else:
         zero_stage = {"zero2": 2, "zero2_cpu": 2}.get(parallel.plugin, 3)
-    return Layout(parallel.plugin, world_size, parallel.tp, parallel.pp, sp, sp_mode, zero_stage)
+    return Layout(
+        parallel.plugin,
+        world_size,
+        parallel.tp,
+        parallel.pp,
+        sp,
+        sp_mode,
+        zero_stage,
+        parallel.num_model_chunks,
+    )
 
 
 def divisors(number: int, limit: int | None = None) -> list[int]:
@@ -254,8 +266,8 @@ def _interleaving_problems(options: Options, layout: Layout, layers: int) -> lis
         ]
     if not 2 <= chunks <= largest:
         return [
-            f"--pp_style interleaved with --num_model_chunks {chunks} on {layers} layers and "
-            f"{layout.pp} stages; valid values: 2 to {largest}."
+            f"--pp_style interleaved needs --num_model_chunks, on {layers} layers and {layout.pp} "
+            f"stages 2 to {largest}; got {chunks}."
         ]
     return []
 

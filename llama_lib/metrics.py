@@ -149,14 +149,20 @@ def _step_of(line: str) -> int:
 
 
 def _append(file: IO[str], record: dict[str, Any]) -> None:
-    file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
+    file.write(json_text(record) + "\n")
     file.flush()
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON, which has no NaN and no infinity: both become null."""
+    return json.dumps(_strict(value), indent=indent, allow_nan=False)
+
+
 def _strict(value: Any) -> Any:
-    """JSON has no NaN and no infinity: both become null."""
     if isinstance(value, dict):
         return {key: _strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

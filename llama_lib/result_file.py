@@ -17,6 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from llama_lib.errors import UserError
+from llama_lib.metrics import json_text
 
 FORMAT = "llama_lib benchmark"
 VERSION = 1
@@ -43,7 +44,6 @@ class Hardware:
     cpu: str
     cores: int
     memory_gib: float
-    interconnect: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class TimeShares:
-    """Shares of the time of the measured steps, their sum 1.
+    """Shares of the time since the first measured step began, their sum 1.
 
+    Pauses are part of it, the last save too: saving is `save`, evaluation and samples are `other`.
     `communication` is None where it was not measured by itself: then it is part of the others.
     """
 
@@ -116,6 +117,7 @@ class Result:
         options: Options.to_dict() as resolved: max_length and mixed_precision are those run with.
         layout: Layout.describe().
         attention: the attention kernel that ran; `kernels`: of RMSNorm, rotary and SwiGLU.
+        chunked_loss: logits and loss were computed a piece at a time; the option only asks for it.
         versions: package name to version.
         data: RANDOM_DATA, or what --dataset named.
         tokens_per_step: of all GPUs; `rows_per_step` likewise.
@@ -130,6 +132,7 @@ class Result:
     layout: str
     attention: str
     kernels: str
+    chunked_loss: bool
     versions: dict[str, str]
     hardware: Hardware
     data: str
@@ -162,7 +165,7 @@ class Result:
     def to_json(self) -> str:
         """The file's text. A number that is not finite becomes null."""
         whole = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return json.dumps(_strict(whole), indent=2, allow_nan=False) + "\n"
+        return json_text(whole, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, name: str = "result") -> Result:
@@ -268,6 +271,17 @@ def _contradictions(result: Result) -> list[str]:
             f"steps.seconds has {len(result.steps.seconds)} steps, expected run - ignored = "
             f"{measured}, at least 1."
         )
+    positive = {
+        f"rates.{name}": rate
+        for name, rate in asdict(result.rates).items()
+        if name != "step_time_spread"
+    }
+    positive |= {f"steps.seconds[{n}]": each for n, each in enumerate(result.steps.seconds)}
+    problems += [
+        f"{name} is {number}, expected a number above 0."
+        for name, number in positive.items()
+        if not 0 < number < math.inf
+    ]
     return problems
 
 
@@ -281,7 +295,8 @@ def _read(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
         (kind,) = (each for each in get_args(kind) if each is not NoneType)
     outer, inner = get_origin(kind) or kind, get_args(kind)
     accepted = (int, float) if outer is float else outer
-    if outer is not Any and (not isinstance(value, accepted) or isinstance(value, bool)):
+    is_flag = isinstance(value, bool) and outer is not bool  # to Python a bool is an int
+    if outer is not Any and (is_flag or not isinstance(value, accepted)):
         shown = json.dumps(value)
         shown = shown if len(shown) <= 40 else shown[:37] + "..."
         problems.append(f"{where} is {shown}, expected {_NAMES[outer]}.")
@@ -298,6 +313,7 @@ _NAMES = {
     int: "a whole number",
     float: "a number",
     str: "a text",
+    bool: "true or false",
     dict: "an object",
     list: "a list",
 }
@@ -318,14 +334,3 @@ def _read_fields(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
             problems.append(f"{prefix}{name} is missing.")
             complete = False
     return kind(**read_fields) if complete else None
-
-
-def _strict(value: Any) -> Any:
-    """JSON has no NaN and no infinity: both become null."""
-    if isinstance(value, dict):
-        return {key: _strict(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -19,8 +19,6 @@ import torch
 import torch.distributed as dist
 
 from llama_lib import coordination
-from llama_lib.attention import flash_kernel
-from llama_lib.document_attention import document_kernel
 from llama_lib.engine import Engine
 from llama_lib.flops import num_parameters
 from llama_lib.layout import BatchPlan
@@ -119,8 +117,9 @@ def summarise(
         ),
         options=options.to_dict(),
         layout=engine.layout.describe(),
-        attention=_attention(engine),
+        attention=engine.attention,
         kernels=engine.kernels,
+        chunked_loss=engine.chunked_loss,
         versions=_versions(),
         hardware=Hardware(
             throughput.device_name,
@@ -141,15 +140,6 @@ def summarise(
         time_shares=shares,
         loss=loss,
     )
-
-
-def _attention(engine: Engine) -> str:
-    model = engine.options.model
-    if model.flash_attention:
-        return flash_kernel()
-    if model.document_mask:
-        return document_kernel(engine.device, engine.dtype)
-    return str(engine.config._attn_implementation)
 
 
 def _versions() -> dict[str, str]:
@@ -243,7 +233,7 @@ def _memory(memory: Memory) -> str:
         f"{name} {'n/a' if value is None else f'{value:,.0f} MB'}"
         for name, value in asdict(memory).items()
     ]
-    return ", ".join(parts) + " (of the process with the most)"
+    return ", ".join(parts) + " (each of the process with the most)"
 
 
 def _times(shares: TimeShares) -> str:

@@ -62,7 +62,7 @@ class Stopwatch:
         self._step_seconds: list[float] = []
         self._open_step = 0.0  # seconds of the step under way, as far as they have been read
         self._phases = dict.fromkeys(PHASES, 0.0)
-        self._phases_ignored = dict(self._phases)
+        self._phases_ignored: dict[str, float] | None = None  # once a step is measured
         self._marks: list[_Mark] = []
         self._mark(None)
         self._restart()
@@ -131,10 +131,10 @@ class Stopwatch:
 
     @property
     def phases(self) -> dict[str, float]:
-        """Seconds of each phase since the ignored steps; without others, since the beginning."""
-        return dict(self._phases if self.num_ignored else self._phases_and_ignored())
-
-    def _phases_and_ignored(self) -> dict[str, float]:
+        """Seconds of each phase since the first measured step began, those of pauses included; if
+        none was measured, since the beginning."""
+        if self.num_ignored or self._phases_ignored is None:
+            return dict(self._phases)
         return {name: self._phases[name] + self._phases_ignored[name] for name in PHASES}
 
     # -- marks -----------------------------------------------------------------------------------
@@ -152,6 +152,10 @@ class Stopwatch:
         marks, self._marks = self._marks[:count], self._marks[count:] if count else []
         before = marks[0]
         for mark in marks[1:]:
+            if mark.phase == "data" and len(self._step_seconds) == self._ignored:
+                # Not where the last ignored step ended: a pause after it is no measured time.
+                self._phases_ignored = self._phases
+                self._phases = dict.fromkeys(PHASES, 0.0)
             if mark.phase is not None:
                 seconds = self._between(before.moment, mark.moment)
                 waited = mark.communication - before.communication
@@ -161,9 +165,6 @@ class Stopwatch:
             if mark.ends_step:
                 self._step_seconds.append(self._open_step)
                 self._open_step = 0.0
-                if len(self._step_seconds) == self._ignored:
-                    self._phases_ignored = self._phases
-                    self._phases = dict.fromkeys(PHASES, 0.0)
             before = mark
         self._marks.insert(0, before)
 

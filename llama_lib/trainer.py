@@ -17,7 +17,6 @@ from llama_lib import coordination, result_file
 from llama_lib.checkpoint import store
 from llama_lib.checkpoint.store import TrainerState
 from llama_lib.closing import trained_on, what_next
-from llama_lib.communication import exposed_seconds, waiting_timed, with_communication
 from llama_lib.config import Options
 from llama_lib.control import Request, Requests
 from llama_lib.data.loader import BatchLoader, Rows, StepRows, rows_hash
@@ -28,6 +27,7 @@ from llama_lib.evaluate import TOTAL, HeldOut, HeldOutRows, measure
 from llama_lib.garbage import Garbage
 from llama_lib.layout import BatchPlan
 from llama_lib.ledger import LedgerWriter, tokens_by_source
+from llama_lib.measurement import Measurement
 from llama_lib.memory_check import STEPS as MEMORY_CHECK_STEPS
 from llama_lib.memory_check import MemoryCheck
 from llama_lib.metrics import Console, MetricsSink, StepRecord
@@ -37,16 +37,7 @@ from llama_lib.profile import profiled
 from llama_lib.result_file import Loss, Result
 from llama_lib.run_chat import Chat
 from llama_lib.samples import answers, sample_text
-from llama_lib.summary import (
-    closing_lines,
-    headline_memory,
-    mean_of_ranks,
-    peak_memory,
-    summarise,
-    throughput_of,
-    time_shares,
-)
-from llama_lib.timing import Stopwatch
+from llama_lib.summary import closing_lines, headline_memory, peak_memory
 
 logger = logging.getLogger("llama_lib")
 
@@ -92,14 +83,13 @@ class Trainer:
         self.first_step = state.step + 1
         self.console = Console(plan.num_steps, state.step, self.is_main)
         self.is_benchmark = options.script == "benchmark"
-        keeps_records = not self.is_benchmark or "tensorboard_dir" in options.typed
+        # Not `typed`: a run's specs.yaml names every folder.
+        keeps_records = not self.is_benchmark or "tensorboard_dir" in options.flags
         self.sink = MetricsSink(
             options.report.tensorboard_dir, state.step + 1, self.is_main and keeps_records
         )
-        self.throughput = throughput_of(engine, plan.max_length)
+        self.measurement = Measurement(engine, plan)
         self.garbage = Garbage()
-        self.several_gpus = engine.device.type == "cuda" and engine.layout.world_size > 1
-        self.exposed: dict[str, float] | None = None  # seconds of NCCL in a step, by phase
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -112,28 +102,27 @@ class Trainer:
         Raises:
             RunError: ten steps in a row were not finite, or the last checkpoint could not be saved.
         """
-        requests = Requests(self.options.checkpoint.save_dir)
+        checkpoint = self.options.checkpoint
+        requests = Requests(checkpoint.save_dir, saves=checkpoint.save_interval is not None)
         request = Request()
         batches = self.loader.steps(self.state.step, self.plan.num_steps)
         try:
-            with (
-                self.garbage.between_steps(),
-                self._timed(),
-                profiled(self.options, self.state.step, self.say) as step_is_done,
-            ):
-                for rows in batches:
-                    requests.ask()
-                    self.train_step(rows)
-                    self.garbage.step_done()
-                    step_is_done()
-                    request = requests.answer()
-                    self.after_step(request)
-                    self.watch.ends("other")
-                    if request.leave:
-                        break
-                self.watch.finish()
-                if not request.leave:
-                    self.exposed = self._communication_of_a_step(rows)
+            with self.garbage.between_steps(), self.measurement.of_steps() as self.watch:
+                with profiled(self.options, self.state.step, self.say) as step_is_done:
+                    for rows in batches:
+                        requests.ask()
+                        self.train_step(rows)
+                        self.garbage.step_done()
+                        step_is_done()
+                        request = requests.answer()
+                        self.after_step(request)
+                        self.watch.ends("other")
+                        if request.leave:
+                            break
+                    self.measurement.ends()
+                # Only now: a profiler within another one ends its trace.
+                if self.measurement.needs_profile and not request.leave:
+                    self.measurement.profile(self._micro_batches(rows), rows.num_labels or 1)
         finally:
             batches.close()
             self.loader.close()
@@ -145,18 +134,9 @@ class Trainer:
         self._finish(request)
         return 128 + request.signal_number if request.signal_number else 0
 
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Starts the watch; on a CPU it hears of all waiting for other processes."""
-        ignored = self.options.report.ignore_steps if self.is_benchmark else 1
-        device = self.engine.device
-        with waiting_timed(device.type == "cpu" and self.engine.layout.world_size > 1) as waited:
-            self.watch = Stopwatch(device, ignored, waited)
-            yield
-
     def train_step(self, rows: StepRows) -> None:
         step = self.state.step + 1
-        batches = [self._micro_batch(part) for part in rows.micro_batches]
+        batches = self._micro_batches(rows)
         self.watch.ends("data")
         if step == self.first_step:
             self._check_replicas(rows)
@@ -178,6 +158,9 @@ class Trainer:
             logger.info("step %d batch %s", step, rows_hash(rows))
             # The one place where the loop waits for the device on its own account.
             self._record(step, self.engine.reduce_loss(loss), lr, grad_norm)
+
+    def _micro_batches(self, rows: StepRows) -> list[MicroBatch]:
+        return [self._micro_batch(part) for part in rows.micro_batches]
 
     def _micro_batch(self, rows: Rows) -> MicroBatch:
         # The engine turns the documents into what its kernel takes before it copies anything.
@@ -266,7 +249,8 @@ class Trainer:
         samples_per_second = window.steps * self.plan.global_batch / window.seconds
         tokens_per_second = samples_per_second * self.plan.max_length
         memory = peak_memory(self.engine.device)
-        tflops = self.throughput.tflops_per_gpu(tokens_per_second)["model"]
+        throughput = self.measurement.throughput
+        tflops = throughput.tflops_per_gpu(tokens_per_second)["model"]
         record = StepRecord(
             step=step,
             tokens=self.state.tokens,
@@ -276,7 +260,7 @@ class Trainer:
             tokens_per_second=tokens_per_second,
             samples_per_second=samples_per_second,
             tflops_per_gpu=tflops,
-            mfu=self.throughput.mfu(tflops),
+            mfu=throughput.mfu(tflops),
             memory_mb=headline_memory(memory),
             data_wait_s=window.data_wait / window.steps,
             step_time_s=window.seconds / window.steps,
@@ -394,20 +378,6 @@ class Trainer:
             "last_step": self.state.step,
         }
 
-    def _communication_of_a_step(self, rows: StepRows) -> dict[str, float] | None:
-        """Seconds by phase that a step waits for NCCL, from one step more under the profiler; None
-        where it cannot, or need not, be known that way."""
-        if not self.is_benchmark or not self.several_gpus:
-            return None
-        batches = [self._micro_batch(part) for part in rows.micro_batches]
-        num_labels = rows.num_labels or 1
-        return {
-            "forward_backward": exposed_seconds(
-                lambda: self.engine.forward_backward(batches, num_labels)
-            ),
-            "optimizer": exposed_seconds(self.engine.step),
-        }
-
     def _finish(self, request: Request) -> None:
         if request.leave:
             self.say(f"stopped after step {self.state.step} as asked")
@@ -415,32 +385,29 @@ class Trainer:
             is_chat = self.chat is not None
             self._say_all(trained_on(self.state, self.loader.source, self.available))
             self._say_all(what_next(self.options, self.state, self.saved_step, is_chat))
-        result, output = self._result(), self.options.report.output
-        lost = None
-        if self.is_main and output is not None:
-            try:
-                result_file.write(result, output)
-                self.say(f"result: {output}")
-            except OSError as error:
-                lost = RunError(f"--output {output} could not be written ({error.strerror}).")
+        first, last = (self.engine.reduce_loss(loss) for loss in (self.first_loss, self.last_loss))
+        result = self.measurement.result(Loss(first, last))
+        lost = self._write_result(result)
         self._say_all(closing_lines(result))
         if lost is not None:
             raise lost
 
-    def _result(self) -> Result:
-        """What was measured; called by all ranks."""
-        phases = mean_of_ranks(self.watch.phases)
-        if self.exposed is not None:
-            phases = with_communication(phases, self.exposed, len(self.watch.seconds))
-        return summarise(
-            self.engine,
-            self.plan,
-            self.throughput,
-            self.watch,
-            time_shares(phases, self.exposed is not None or not self.several_gpus),
-            peak_memory(self.engine.device),
-            Loss(*(self.engine.reduce_loss(loss) for loss in (self.first_loss, self.last_loss))),
-        )
+    def _write_result(self, result: Result) -> RunError | None:
+        """Leaves the file of a benchmark; what is wrong with it is to be raised after the table."""
+        output, steps = self.options.report.output, self.plan.num_steps
+        if output is None:
+            return None
+        if self.state.step < steps:
+            self.say(
+                f"--output {output} is not written: {self.state.step} of {steps} steps were run"
+            )
+        elif self.is_main:
+            try:
+                result_file.write(result, output)
+            except OSError as error:
+                return RunError(f"--output {output} could not be written ({error.strerror}).")
+            self.say(f"result: {output}")
+        return None
 
     def _say_all(self, lines: list[str]) -> None:
         for line in lines:

@@ -244,3 +244,15 @@ def test_bad_files_and_incomparable_runs_end_with_a_message(files, tmp_path):
     with pytest.raises(UserError, match="the kind of data is random tokens") as caught:
         main(["compare", first, str(damaged)])
     assert caught.value.exit_code == 2
+
+
+def test_a_loss_a_piece_at_a_time_is_a_difference_though_the_options_are_the_same():
+    """The option only asks for it: a layout that cannot do it computes all logits at once."""
+    found = dict(differences([a_result(chunked_loss=True), a_result(attention="flash")]))
+    assert found == {"attention": ["sdpa", "flash"], "loss a piece at a time": ["yes", "no"]}
+
+
+def test_communication_that_is_unknown_is_part_of_the_others():
+    unknown = a_result(time_shares=TimeShares(0.0, 0.875, 0.125, None, 0.0, 0.0))
+    text = "\n".join(comparison(["a", "b"], [a_result(), unknown]))
+    assert "communication n/a: not measured by itself, part of the others" in text

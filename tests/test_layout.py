@@ -70,7 +70,7 @@ def test_processes_are_divided(flags, processes, expected):
         ("-p gemini --num_model_chunks 3", 2, "--num_model_chunks 3 needs -p hybrid_parallel"),
         ("-p hybrid_parallel --pp_style interleaved", 2, "needs --pp 2 or more"),
         ("-p hybrid_parallel --pp 2 --num_model_chunks 2", 2, "belongs to --pp_style interleaved"),
-        ("-p hybrid_parallel --pp 2 --pp_style interleaved", 2, "valid values: 2 to"),
+        ("-p hybrid_parallel --pp 2 --pp_style interleaved", 2, "needs --num_model_chunks, on"),
         ("-p hybrid_parallel --pp 2 --chunked_loss -b 2", 2, "takes the loss of logits"),
         ("-p hybrid_parallel --tp 2 --chunked_loss", 2, "has a part of the logits"),
         ("-p hybrid_parallel --zero_stage 1 -x fp32", 2, "needs -x bf16 or fp16"),

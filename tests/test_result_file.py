@@ -24,6 +24,13 @@ from llama_lib.result_file import (
 )
 
 SECONDS = [1.0, 2.0, 1.5, 1.25]
+HARDWARE: dict[str, Any] = {
+    "device": "cpu",
+    "count": 2,
+    "cpu": "a processor",
+    "cores": 2,
+    "memory_gib": 7.5,
+}
 
 
 def a_result(**changes: Any) -> Result:
@@ -44,8 +51,9 @@ def a_result(**changes: Any) -> Result:
         layout="zero2: 2 process(es) = dp 2, tp 1, pp 1",
         attention="sdpa",
         kernels="torch",
+        chunked_loss=False,
         versions={"torch": "2.13.0", "colossalai": "0.5.0"},
-        hardware=Hardware("cpu", 2, "a processor", 2, 7.5),
+        hardware=Hardware(**HARDWARE),
         data="random",
         steps=Steps(run=6, ignored=2, seconds=SECONDS),
         tokens_per_step=4096,
@@ -85,6 +93,7 @@ def test_the_file_says_what_it_is():
     assert whole["version"] == 1
     assert set(whole) == {
         *("format", "version", "command", "model", "options", "layout", "attention", "kernels"),
+        "chunked_loss",
         *("versions", "hardware", "data", "steps", "tokens_per_step", "rows_per_step", "rates"),
         *("tflops_per_gpu", "mfu", "peak", "memory_mb", "time_shares", "loss"),
     }
@@ -146,6 +155,11 @@ def test_the_95th_percentile_is_a_step_that_happened():
             {"steps": {"run": 6, "ignored": 2, "seconds": [1.0]}},
             "run.json: steps.seconds has 1 steps, expected run - ignored = 4, at least 1.",
         ),
+        ({"chunked_loss": 1}, "run.json: chunked_loss is 1, expected true or false."),
+        (
+            {"hardware": {**HARDWARE, "interconnect": "a cable"}},
+            "run.json: hardware.interconnect is unknown.",
+        ),
         (
             {"options": {"model": {"max_length": 512}}},
             "run.json: options.model.gradient_checkpoint is missing.",
@@ -154,6 +168,30 @@ def test_the_95th_percentile_is_a_step_that_happened():
 )
 def test_anything_else_is_refused_by_name(changes, message):
     assert message in refused(document(**changes))
+
+
+@pytest.mark.parametrize("number", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tokens_per_second_per_gpu", "samples_per_second"),
+        *("step_time_median_s", "step_time_p95_s"),
+    ],
+)
+def test_a_rate_that_no_step_can_have_is_refused(name, number):
+    """compare divides by them."""
+    rates = document()["rates"] | {name: number}
+    assert refused(document(rates=rates)) == [
+        f"run.json: rates.{name} is {number}, expected a number above 0."
+    ]
+
+
+def test_a_step_without_duration_is_refused():
+    steps = {"run": 6, "ignored": 2, "seconds": [1.0, 0.0, 1.5, -2.0]}
+    assert refused(document(steps=steps)) == [
+        f"run.json: steps.seconds[{n}] is {number}, expected a number above 0."
+        for n, number in ((1, 0.0), (3, -2.0))
+    ]
 
 
 def test_all_problems_come_at_once():

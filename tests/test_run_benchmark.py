@@ -34,6 +34,33 @@ def test_a_folder_with_checkpoints_is_left_alone(tmp_path):
         assert (f"--save_dir is {free}" in "".join(lines)) == (free != asked)
 
 
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_a_run_that_has_saved_nothing_yet_keeps_its_folder(tmp_path, script):
+    """Its specs.yaml was overwritten, and its log continued, until its first checkpoint."""
+    asked = tmp_path / "run"
+    asked.mkdir()
+    dump_yaml(parse_options(script, []), asked / "specs.yaml")
+    options = parse_options("benchmark", ["-o", str(asked)])
+    lines = settle(options)
+    assert options.checkpoint.save_dir == f"{asked}-2" and str(asked) in lines[0]
+
+
+@pytest.mark.parametrize("text", ["{", "a list", "- 1", "model: 7b", "\x00"])
+def test_a_folder_whose_options_cannot_be_read_is_left_alone(tmp_path, text):
+    asked = tmp_path / "run"
+    asked.mkdir()
+    (asked / "specs.yaml").write_text(text)
+    options = parse_options("benchmark", ["-o", str(asked)])
+    settle(options)
+    assert options.checkpoint.save_dir == f"{asked}-2"
+
+
+def test_a_benchmark_follows_another_in_its_folder(tmp_path):
+    options = parse_options("benchmark", ["-o", str(tmp_path)])
+    dump_yaml(options, tmp_path / "specs.yaml")
+    assert settle(options) == []
+
+
 def test_a_result_that_could_not_be_written_ends_it_at_once(tmp_path):
     with pytest.raises(UserError, match="--output"):
         settle(parse_options("benchmark", ["--output", str(tmp_path)]))

@@ -95,6 +95,31 @@ def test_pauses_are_in_no_step_and_no_window(clock):
     assert watch.phases == expected | {"save": 60.0, "other": 7.0}
 
 
+def test_a_pause_after_the_last_ignored_step_is_not_measured(clock):
+    """A save every five steps of which five are ignored: one save belongs to five steps."""
+    watch = stopwatch(clock, ignored=5)
+    for number in range(1, 11):
+        step(watch, clock, 1.0, data_wait=0.5)
+        if number % 5 == 0:
+            with watch.paused("save"):
+                clock.now += 3.0
+        watch.ends("other")
+    watch.finish()
+    assert watch.seconds == [1.0] * 5
+    assert watch.phases["save"] == 3.0 and sum(watch.phases.values()) == 8.0
+
+
+def test_without_measured_steps_all_pauses_count(clock):
+    watch = stopwatch(clock, ignored=2)
+    for _ in range(2):
+        step(watch, clock, 1.0)
+        with watch.paused("save"):
+            clock.now += 3.0
+    watch.finish()
+    assert (watch.seconds, watch.num_ignored) == ([1.0, 1.0], 0)
+    assert watch.phases["save"] == 6.0 and sum(watch.phases.values()) == 8.0
+
+
 def test_what_comes_after_a_step_is_other_and_counts_in_the_next(clock):
     watch = stopwatch(clock)
     for _ in range(3):
@@ -103,7 +128,7 @@ def test_what_comes_after_a_step_is_other_and_counts_in_the_next(clock):
         watch.ends("other")
     watch.finish()
     assert watch.seconds == [1.25, 1.25]
-    assert watch.phases["other"] == 0.75
+    assert watch.phases["other"] == 0.5
     assert watch.phases["data"] == 0.0
 
 

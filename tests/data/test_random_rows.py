@@ -57,9 +57,11 @@ class Config:
 def test_random_is_a_word_of_the_benchmark_alone():
     options = parse_options("benchmark", ["-l", "8"])
     assert is_random(options) and data_option_problems(options) == []
-    data, vocabulary = open_data(options, Config(), None)
-    assert data.open_rows({}).max_length == 8
-    assert max(vocabulary.get_vocab().values()) == 99
+    data, tokenizer = open_data(options, Config(), None)
+    rows = data.open_rows({})
+    assert tokenizer is None and rows.max_length == 8
+    ids = [row.ids.max() for row in rows.rows(range(200), range(200))[0]]
+    assert max(ids) == Config.vocab_size - 1
     assert not is_random(parse_options("pretrain", ["-d", "random"]))
     assert not is_random(parse_options("benchmark", ["-d", "./random"]))
 

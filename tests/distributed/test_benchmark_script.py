@@ -113,6 +113,23 @@ def test_two_processes_on_real_data_wait_for_each_other(
     assert (folder / "tb" / "metrics.jsonl").is_file()
 
 
+def test_what_torch_waits_for_by_itself_is_not_called_communication(
+    folder: Path, model_config: Path
+) -> None:
+    """DistributedDataParallel showed next to none of its waiting."""
+    flags = f"-c {model_config} -p hybrid_parallel -x fp32 -l {LENGTH} --num_steps 6"
+    outcome = run(
+        "benchmark.py",
+        [*flags.split(), "--ignore_steps", "2", "--output", "out/replicas.json"],
+        folder / "replicas.txt",
+        processes=2,
+    )
+    assert outcome.code == 0, outcome.output
+    result = result_file.read(folder / "out" / "replicas.json")
+    assert "zero 0" in result.layout and result.time_shares.communication is None
+    assert "communication n/a" in outcome.output
+
+
 def test_pretraining_ends_with_the_same_table(flags: list[str], tmp_path: Path) -> None:
     command = [*flags, "-p", "hybrid_parallel", "--max_steps", "4"]
     outcome = run("pretrain.py", command, tmp_path / "run.txt")
