@@ -28,6 +28,7 @@ from benchmarks.measure import (
     ROOT,
     add_output_flags,
     command_line,
+    read_records,
     run_benchmark,
     surroundings,
     write_result,
@@ -109,22 +110,31 @@ def gpu_name() -> str:
 
 
 class DeviceBench(train.Bench):
-    """A bench whose own runs are benchmark.py's."""
+    """A bench whose own runs are benchmark.py's; `kernels` are those of the last one."""
+
+    kernels: str | None = None
 
     def our_command(self, contender: train.Contender, folder: Path) -> list[str]:
         a = self.arguments
         command = [str(ROOT / "benchmark.py"), *self.flags(contender), "-o", str(folder / "run")]
-        command += ["-t", str(folder), "--num_steps", str(a.steps)]
+        # One loss read on the host after each step, as the rivals do.
+        command += ["-t", str(folder), "--num_steps", str(a.steps), "--log_interval", "1"]
         return [*command, "--ignore_steps", str(a.ignore), "--output", str(folder / "result.json")]
 
     def our_steps(self, folder: Path) -> dict[str, Any]:
+        """Seconds and loss of every step: the measured seconds are the result's own, those before
+        them the records'."""
         result = json.loads((folder / "result.json").read_text())
-        memory, loss = result["memory_mb"], result["loss"]
+        records = read_records(folder / "metrics.jsonl")
+        if len(records) != self.arguments.steps:
+            raise SystemExit(f"{len(records)} records of {self.arguments.steps} steps")
+        self.kernels = result["kernels"]
+        before = [each["step_time_s"] for each in records[: result["steps"]["ignored"]]]
         return {
-            # Steps before the measured ones have no times here.
-            "seconds": [0.0] * result["steps"]["ignored"] + result["steps"]["seconds"],
-            "loss": [loss["first"], loss["last"]],
-            "memory": {name: memory[name] for name in ("allocated", "reserved")},
+            "seconds": before + result["steps"]["seconds"],
+            "reported": [each["step_time_s"] for each in records],
+            "loss": [each["loss"] for each in records],
+            "memory": {name: result["memory_mb"][name] for name in ("allocated", "reserved")},
         }
 
 
@@ -136,13 +146,13 @@ def measured(row: Row, steps: int, ignore: int, folder: Path, tokens: Path) -> d
         + [f"--ours=--recompute {row.recompute}"]
     )
     try:
-        found = DeviceBench(arguments, folder, tokens).train(arguments.contenders[0])
+        bench = DeviceBench(arguments, folder, tokens)
+        found = bench.train(arguments.contenders[0])
     except SystemExit as error:
         if "out of memory" not in str(error).lower():
             raise
         return {"failed": "out of memory"}
-    del found["step_seconds"]
-    return found
+    return found | {"kernels": bench.kernels or "transformers"}
 
 
 def rates(row: Row, found: Mapping[str, Any], device: str) -> dict[str, Any]:

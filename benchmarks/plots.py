@@ -30,7 +30,8 @@ SPEED_GOALS = (
     ("gemini", "trainer", 0.9),
     ("zero2-2", "trainer-2", 1.1),
 )
-# Of one H200: model, recompute, column of the result, at least.
+# Of one GPU of this name: model, recompute, column of the result, at least.
+GOALS_GPU = "NVIDIA H200"
 DEVICE_GOALS = (
     ("7b", ("full",), "tokens_per_second", 8771),
     ("7b", ("none", "selective"), "tokens_per_second", 10500),
@@ -148,10 +149,11 @@ def goals_table(result: Mapping[str, Any] | None, gpu: Mapping[str, Any] | None)
             memory = [-each["memory"] for each in pair]
             what = f"peak host memory of `{ours}`, times that of `{rival}`"
             rows.append(_goal(what, -1.0, memory, "{:.2f}"))
+    device_rows = gpu["rows"] if gpu is not None and gpu["hardware"]["gpu"] == GOALS_GPU else []
     for model, recompute, column, least in DEVICE_GOALS:
         found = [
             row[column]
-            for row in ([] if gpu is None else gpu["rows"])
+            for row in device_rows
             if row["model"] == model and row["recompute"] in recompute
             if row["contender"] == "zero2" and row.get(column) is not None
         ]

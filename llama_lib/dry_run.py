@@ -33,15 +33,15 @@ from llama_lib.option_checks import (
     setting_problems,
 )
 from llama_lib.planner.advice import advice_lines, cheaper, needless_offload, offload_warning
+from llama_lib.planner.command_line import flags
 from llama_lib.planner.hardware import (
-    GIB,
     HostGpu,
     Machines,
+    cpu_host,
     host_gpu,
     host_memory,
     machines,
     of_host,
-    without_speed,
 )
 from llama_lib.planner.report import (
     fits_line,
@@ -50,13 +50,12 @@ from llama_lib.planner.report import (
     setting_lines,
     table,
     time_lines,
+    warm_up_lines,
 )
 from llama_lib.planner.search import (
     Plan,
     Question,
     changed,
-    flags,
-    largest_batch,
     limits,
     plan_of,
     search,
@@ -112,9 +111,9 @@ def dry_run(options: Options) -> int:
     where = _machines_here(options, gpu, per_host)
     notes += _occupied(options)
     limit = limits(where, host_memory())
-    question = Question(options, shape, world_size, where, limit)
     plan = plan_of(options, shape, world_size, where, limit)
     lines = [*notes, *setting_lines(shape, name, world_size, where)]
+    question = Question(options, shape, world_size, where, limit, plan.job.tokens_per_step)
     lines += _lines_of(plan, question)
     lines += ["", *_others(plan, question), "", LAST_LINE]
     print("\n".join(lines))
@@ -248,9 +247,7 @@ def _checkpoint(options: Options) -> Path:
 def _machines_here(options: Options, gpu: HostGpu | None, per_host: int) -> Machines:
     """This machine `per_host` processes at a time, and as many of the kind as the run needs."""
     if gpu is None:
-        memory = host_memory()
-        cpu = without_speed("CPU", memory / GIB)
-        return Machines(cpu, per_host, memory, None, shared_memory=True)
+        return cpu_host(host_memory(), per_host)
     card = of_host(gpu)
     if options.report.peak_tflops is not None:
         card = replace(card, tflops=options.report.peak_tflops)
@@ -261,17 +258,21 @@ def _lines_of(plan: Plan, question: Question) -> list[str]:
     options, job, limit = plan.options, plan.job, question.limit
     layout = job.layout
     batches = plan_batches(options, layout, job.max_length, UNLIMITED_ROWS)
+    # Fine-tuning has a warm-up of its own, a share of its steps, where none is typed.
+    own = options.script == "finetune" and "warmup_steps" not in options.typed
+    warm_up = 0 if own else batches.warmup_steps
     attention = "fused" if job.flash else "ColossalAI's own, which keeps all scores"
     lines = [
         f"{layout.describe()}; {job.precision}, recompute {job.recompute}, chunked loss "
         f"{'on' if job.chunked_loss else 'off'}, attention {attention}",
         batches.describe()[0],
+        *warm_up_lines(batches.num_steps, warm_up, batches.tokens_per_step),
     ]
     if job.lora_parameters:
         lines.append(f"adapters of rank {options.model.lora_rank}: {job.lora_parameters:,} trained")
     lines += ["", *memory_lines(job, plan.need, question.machines, limit)]
-    lines.append(fits_line(plan, limit, largest_batch(options, question)))
-    lines += time_lines(plan.time, _tokens(options), question.machines)
+    lines.append(fits_line(plan, limit))
+    lines += time_lines(plan, _tokens(options), question.machines)
     hints = (
         offload_warning(job),
         needless_offload(job, limit, options, question.machines),
@@ -294,10 +295,7 @@ def _others(plan: Plan, question: Question) -> list[str]:
     if plan.job.lora_parameters or plan.options.model.document_mask or plan.job.layout.sp_mode:
         return lines  # layouts for these are few, and the checks above name them
     tokens_per_step = plan.job.tokens_per_step
-    # Other layouts have other pipelines, or none: with the schedule that all of them take.
-    base = changed(plan.options, pp_style="1f1b", num_model_chunks=1)
-    asked = replace(question, options=base, step_tokens=tokens_per_step)
-    fitting = [other for other in search(asked) if other.fits]
+    fitting = [other for other in search(question) if other.fits]
     shown = selection(fitting, ROWS)[:ROWS]
     if not shown:
         return [*lines, "no layout fits: more GPUs are needed, or a smaller model"]

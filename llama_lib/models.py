@@ -201,20 +201,24 @@ DEFAULT_TOKENIZERS: dict[str, str] = dict.fromkeys(MODELS, LLAMA_TOKENIZER) | {
 def model_config(name_or_path: str) -> LlamaConfig | MistralConfig:
     """The configuration behind a table name, a config.json, a Hugging Face folder or a hub id.
 
-    Raises UserError when there is none, or when it is of another kind than llama and mistral.
+    Raises UserError when there is none, when it is of another kind than llama and mistral, or when
+    a value that a `Shape` has makes no sense.
     """
     if name_or_path in MODELS:
         return MODELS[name_or_path]()
     content = _hugging_face_config(name_or_path)
+    shape = _shape_of(name_or_path, content)
 
     from transformers import LlamaConfig, MistralConfig
 
     kinds: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig}
-    return kinds[_known_kind(name_or_path, content.get("model_type"))].from_dict(content)
+    return kinds[shape.model_type].from_dict(content)
 
 
 def _hugging_face_config(name_or_path: str) -> dict[str, Any]:
     path = _local_config(name_or_path)
+    if path is not None:
+        _read_object(name_or_path, path)
 
     from transformers import PretrainedConfig
 
@@ -283,31 +287,75 @@ def model_shape(name_or_path: str) -> Shape:
     if name_or_path in SHAPES:
         return SHAPES[name_or_path]
     path = _local_config(name_or_path) or _cached_config(name_or_path)
+    return _shape_of(name_or_path, _read_object(name_or_path, path))
+
+
+def _read_object(name_or_path: str, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"model {name_or_path}: not a model configuration: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"model {name_or_path}: not a model configuration: {path} is no object")
+    return content
+
+
+def _shape_of(name_or_path: str, content: dict[str, Any]) -> Shape:
+    """The shape in a config.json; one UserError for every value that cannot be one."""
     kind = _known_kind(name_or_path, content.get("model_type"))
     given = {name: content[name] for name in Shape.__dataclass_fields__ if name in content}
     values = _DEFAULTS[kind] | given | {"model_type": kind}
     for name in _UNUSED[kind]:
         values.pop(name, None)
     problems = [
-        f"model {name_or_path}: {name} is {values.get(name)!r} in {path}, expected a whole number "
-        "above 0"
-        for name in _DEFAULTS["llama"]
-        if type(values.get(name)) is not int or values[name] < 1
+        f"model {name_or_path}: {name} is {values[name]!r} in its configuration, expected "
+        f"{expected}"
+        for expected, (names, is_right) in _EXPECTED.items()
+        for name in names
+        if name in values and not is_right(values[name])
     ]
     if problems:
         raise UserError(problems)
     heads = values["num_attention_heads"]
     if values.get("num_key_value_heads") is None:
         values["num_key_value_heads"] = heads
-    if not values.get("head_dim"):
+    if values.get("head_dim") is None:
         values["head_dim"] = values["hidden_size"] // heads
+    if heads % values["num_key_value_heads"]:
+        raise UserError(
+            f"model {name_or_path}: num_attention_heads {heads} is no multiple of "
+            f"num_key_value_heads {values['num_key_value_heads']}; each of these serves equally "
+            "many of those"
+        )
     return Shape(**values)
+
+
+def _is_whole(value: Any) -> bool:
+    # True is an int to Python.
+    return type(value) is int and value > 0
+
+
+def _is_whole_or_none(value: Any) -> bool:
+    return value is None or _is_whole(value)
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+# What a value has to be, and of which keys.
+_EXPECTED: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
+    "a whole number above 0": (tuple(_DEFAULTS["llama"]), _is_whole),
+    "a whole number above 0, or null": (
+        ("num_key_value_heads", "head_dim", "sliding_window"),
+        _is_whole_or_none,
+    ),
+    "true or false": (
+        ("tie_word_embeddings", "attention_bias", "mlp_bias"),
+        lambda value: isinstance(value, bool),
+    ),
+    "a number from 0 to 1": (("attention_dropout",), _is_share),
+}
 
 
 def _cached_config(name: str) -> Path:
@@ -326,7 +374,7 @@ def _cached_config(name: str) -> Path:
 
 
 def _known_kind(name_or_path: str, kind: Any) -> str:
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise UserError(
             f"model {name_or_path}: got the model type {kind!r}, expected one of "
             f"{', '.join(_DEFAULTS)}; give a Llama-like model to --config or --model_path"

@@ -202,7 +202,7 @@ class Trainer:
         interval = self.options.checkpoint.save_interval
         if self.memory_check is not None and step == self.first_step + MEMORY_CHECK_STEPS - 1:
             with self._paused("other"):
-                self.say(self.memory_check.line(peak_memory(self.engine.device)))
+                self.say(self.memory_check.line(max(coordination.gather(self.memory_check.used()))))
         if request.leave:
             # Whoever asks a run to end may kill it within seconds: nothing comes before the save.
             if interval is not None:

@@ -9,6 +9,7 @@
 #                      1 on this host alone, 8 on the hosts of a file
 #   MASTER_PORT=N      where the hosts of a file meet, on the first one (default 29500)
 #   OMP_NUM_THREADS=N  default: the cores of this host divided among its processes
+#   PASS=NAME,...      more variables that the hosts of a file are given; never secrets
 #
 # Arguments go to benchmark.py behind the script's own; of an option given twice the last counts.
 # Relative paths mean what they mean where you are.
@@ -20,7 +21,12 @@ readonly OWN_FOLDER ROOT
 
 # Variables that the hosts of a file are given: the launcher writes every variable it has into a
 # command line that a shell on each host reads (docs/launching.md), so it has few.
-readonly PASSED_ON='^(PATH|HOME|USER|LOGNAME|LANG|VIRTUAL_ENV|CONDA_PREFIX|LD_LIBRARY_PATH|PYTHONPATH|SSH_AUTH_SOCK|XDG_CACHE_HOME|MASTER_PORT|(CUDA|NCCL|GLOO|HF|OMP|TORCH|PYTORCH)_[A-Z0-9_]+)$'
+readonly PASSED_ON='^(PATH|HOME|USER|LOGNAME|LANG|LC_ALL|TMPDIR|CC|CXX|VIRTUAL_ENV|CONDA_PREFIX|LD_LIBRARY_PATH|PYTHONPATH|SSH_AUTH_SOCK|XDG_CACHE_HOME|MASTER_PORT|https?_proxy|no_proxy|HTTPS?_PROXY|NO_PROXY|(CUDA|NVIDIA|NCCL|GLOO|FI|UCX|OFI|IBV|HF|OMP|MKL|KMP|TORCH|TORCHINDUCTOR|PYTORCH|TRITON)_[A-Z0-9_]+)$'
+# Others that a run may miss on the hosts: they are named where they are set.
+readonly KNOWN_TOOLS='^(LD_PRELOAD|PYTHONHASHSEED|PYTHONNOUSERSITE|ALL_PROXY|all_proxy|(HUGGING_FACE|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|WANDB|OPENBLAS|GOMP|MLX5|PSM2|PSM3|SHARP|OMPI|MPICH)_[A-Z0-9_]+)$'
+# All users of a host can read its command lines.
+readonly SECRET_NAME='(^|_)(TOKEN|KEY|SECRET|PASSWORD|CREDENTIALS)$'
+readonly SECRET_VALUE='(://[^@]*:[^@]*@|^[^/@]*:[^/@]*@)'
 
 say() {
     printf '%s: %s\n' "$(basename "$OWN_SCRIPT")" "$*"
@@ -55,19 +61,53 @@ benchmark() {
     for word in "$@"; do
         words+=("$(for_a_shell "$word")")
     done
-    local variables=() name value
-    while IFS='=' read -r -d '' name value; do
-        if [[ "$name" =~ $PASSED_ON ]]; then
-            # Behind these characters the launcher's command line would mean something else.
-            if [[ "$value" == *[\$\`\"\\]* || "$value" == *$'\n'* ]]; then
-                say "$name is not passed on to the hosts: its value holds a quote, \$ or the like" >&2
-            else
-                variables+=("$name=$value")
+    choose_variables
+    exec env -i "${VARIABLES[@]}" colossalai run --nproc_per_node "$processes" \
+        --master_port "${MASTER_PORT:-29500}" --hostfile "$hostfile" -- "${words[@]}"
+}
+
+# Set VARIABLES to the NAME=VALUE that the hosts are given; say which known ones they are not.
+choose_variables() {
+    local entry name value held=()
+    check_pass
+    VARIABLES=()
+    while IFS= read -r -d '' entry; do
+        name="${entry%%=*}"
+        value="${entry#*=}"
+        if [[ ! "$name" =~ $PASSED_ON && ",${PASS-}," != *",$name,"* ]]; then
+            if [[ "$name" =~ $KNOWN_TOOLS ]]; then
+                held+=("$name")
             fi
+        elif [[ "$name" =~ $SECRET_NAME ]]; then
+            held+=("$name")
+        elif [[ "$value" =~ $SECRET_VALUE ]]; then
+            say "$name is not passed on to the hosts: its value holds a password" >&2
+        # Behind these characters the launcher's command line would mean something else.
+        elif [[ "$value" == *[\$\`\"\\]* || "$value" == *$'\n'* ]]; then
+            say "$name is not passed on to the hosts: its value holds a quote, \$ or the like" >&2
+        else
+            VARIABLES+=("$entry")
         fi
     done < <(env -0)
-    exec env -i "${variables[@]}" colossalai run --nproc_per_node "$processes" \
-        --master_port "${MASTER_PORT:-29500}" --hostfile "$hostfile" -- "${words[@]}"
+    if ((${#held[@]} > 0)); then
+        say "not passed on to the hosts: ${held[*]}; PASS=NAME,... passes on what is no secret" >&2
+    fi
+}
+
+# PASS= may name variables that are set and are no secrets.
+check_pass() {
+    local name names=()
+    IFS=',' read -r -a names <<<"${PASS-}"
+    for name in "${names[@]}"; do
+        if [[ ! "$name" =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]]; then
+            fail "PASS: got '$name', expected names of variables, separated by commas"
+        elif [[ "$name" =~ $SECRET_NAME ]]; then
+            fail "PASS: $name would stand on a command line of every host, where all its users can" \
+                "read it; log in on each host instead (of Hugging Face's, HF_TOKEN_PATH= names a file)"
+        elif [[ -z "${!name+given}" ]]; then
+            fail "PASS: $name is not set"
+        fi
+    done
 }
 
 # The absolute path of the host file, or nothing.

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks import device, growth, plots, train
+from benchmarks import device, growth, plots, switches, train
 from benchmarks.measure import ROOT, Measured
 from benchmarks.rivals import barest, hf_trainer
 from benchmarks.rivals.job import Job, Notes, initial_model, job_of
+from llama_lib.config import parse_options
 from llama_lib.data.prepare import PrepareRequest, prepare
 from llama_lib.data.tokenizer import save_tokenizer, train_tokenizer
 from llama_lib.optim import parameter_groups
@@ -156,6 +159,99 @@ def test_notes_are_the_times_between_moments(tmp_path):
         notes.write(str(tmp_path / "a.json"), {})
 
 
+# -- switches -----------------------------------------------------------------------------------
+
+
+SWITCHED = [
+    a_run("default", 0, [1.0, 2.0, 1.0], 100.0),
+    a_run("recompute full", 0, [1.5, 1.5, 1.4], 50.0),
+    a_run("recompute full", 1, [1.4, 1.6, 1.5], 60.0),
+    a_run("default", 1, [1.0, 1.0, 1.0], 100.0),
+]
+
+
+def test_a_switch_is_a_share_of_the_default():
+    usual, other = switches.summary(SWITCHED)
+    assert (usual["switch"], usual["step_ms"], usual["time"]) == ("default", 1000.0, 1.0)
+    assert (usual["fastest_ms"], usual["slowest_ms"]) == (1000.0, 2000.0)
+    assert (other["switch"], other["step_ms"], other["peak_pss_mb"]) == (
+        "recompute full",
+        1500.0,
+        55.0,
+    )
+    assert (other["time"], other["memory"]) == (1.5, 0.55)
+
+
+def test_switches_without_the_default_have_no_share():
+    (found,) = switches.summary(SWITCHED[1:3])
+    assert "time" not in found and "memory" not in found
+    (line,) = switches.table({"summary": [found]}).splitlines()[1:]
+    assert line.split() == ["recompute", "full", "1500.0", "n/a", "55", "n/a"]
+
+
+def test_the_table_of_switches_has_every_switch():
+    lines = switches.table({"summary": switches.summary(SWITCHED)}).splitlines()
+    assert lines[1].split() == ["default", "1000.0", "1.00x", "100", "1.00x"]
+    assert lines[2].split() == ["recompute", "full", "1500.0", "1.50x", "55", "0.55x"]
+
+
+def test_the_page_shows_switches_with_their_flags():
+    result = {"command": "python", "flags": switches.SWITCHES}
+    text = plots.switches_table(result | {"summary": switches.summary(SWITCHED)})
+    line = "| recompute full | `--recompute full` | 1,500 | 1,400 to 1,600 | 1.50 | 55 | 0.55 |"
+    assert line in text.splitlines()
+
+
+def a_bench_of(losses: dict[str, float]) -> Any:
+    """A stand-in for train.Bench: one second a step, and a last loss by the flags of the run."""
+
+    class Recorded:
+        def __init__(self, arguments: Namespace, work: Path, tokens: Path) -> None:
+            self.arguments = arguments
+
+        def describe(self) -> dict[str, Any]:
+            return {}
+
+        def train(self, contender: train.Contender) -> dict[str, Any]:
+            found = a_run(contender.name, -1, [1.0])
+            del found["repeat"]
+            return found | {"loss": [5.0, losses.get(self.arguments.ours, 4.0)]}
+
+    return Recorded
+
+
+def run_switches(tmp_path: Path, monkeypatch: Any, losses: dict[str, float]) -> dict[str, Any]:
+    monkeypatch.setattr(train, "Bench", a_bench_of(losses))
+    monkeypatch.setattr(train, "prepared_sample", lambda work: work)
+    flags = ["--only", "default,recompute full", "--repeats", "2"]
+    arguments = switches._arguments([*flags, "--result", str(tmp_path / "switches.json")])
+    return switches.run(arguments, tmp_path)
+
+
+def test_switches_take_turns_and_turn_round(tmp_path, monkeypatch):
+    result = run_switches(tmp_path, monkeypatch, {})
+    order = [(run["repeat"], run["contender"]) for run in result["runs"]]
+    assert order == [
+        (0, "default"),
+        (0, "recompute full"),
+        (1, "recompute full"),
+        (1, "default"),
+    ]
+    assert json.loads((tmp_path / "switches.json").read_text()) == result
+
+
+def test_a_switch_that_trains_differently_gives_no_result(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"default and recompute full train differently.*step 2"):
+        run_switches(tmp_path, monkeypatch, {"--recompute full": 4.03})
+    runs = json.loads((tmp_path / "switches.json").read_text())["runs"]
+    assert [run["contender"] for run in runs] == ["default"]
+
+
+def test_an_unknown_switch_is_refused():
+    with pytest.raises(SystemExit, match="--only faster: expected some of default, all logits"):
+        switches._arguments(["--only", "faster"])
+
+
 # -- growth -------------------------------------------------------------------------------------
 
 
@@ -256,11 +352,20 @@ def test_rows_of_a_gpu_show_their_numbers_or_why_there_are_none():
     assert [line for line in goals if line.endswith("| at least 8,771 | 9,000 | yes |")]
 
 
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "NVIDIA H200 NVL", "NVIDIA B200"])
+def test_goals_of_an_h200_are_not_reached_on_another_gpu(gpu):
+    result = device_result() | {"hardware": {"gpu": gpu}}
+    lines = plots.goals_table(None, result).splitlines()[2:]
+    assert all(line.endswith("| not measured |  |") for line in lines)
+    assert gpu in plots.device_table(result)
+
+
 def test_rates_of_a_row_are_those_of_its_median_step():
     row = device.Row("7b", 4096, 8, "full", "zero2")
     found = device.rates(row, {"measured_seconds": [4.0, 2.0, 9.0]}, "NVIDIA H200")
     assert found["tokens_per_second"] == 8192.0
-    # 46.1e9 model FLOPs a token (shared/reference/performance.md, 0.2), peak 989.4 TFLOPS.
+    # 46.1e9 model FLOPs a token of 7B at 4096: 6 for each of 6.607e9 matrix weights and 12 *
+    # 32 layers * 4096 * 4096 for attention; peak 989.4 TFLOPS (NVIDIA's data sheet, dense bf16).
     assert found["model_tflops"] == pytest.approx(8192 * 46.1e9 / 1e12, rel=2e-3)
     assert found["mfu"] == pytest.approx(found["model_tflops"] / 989.4, abs=1e-4)
     assert device.rates(row, {"failed": "out of memory"}, "NVIDIA H200") == {}
@@ -272,6 +377,42 @@ def test_rows_of_one_batch_have_to_train_alike():
     rows[2]["loss"] = [10.4, 9.1]
     with pytest.raises(SystemExit, match="differently"):
         device.check_alike(rows)
+
+
+def recorded_device_run(folder: Path, steps: int) -> device.DeviceBench:
+    """A bench of 4 steps, 1 not measured, whose run left `steps` records in `folder`."""
+    result = {"steps": {"run": 4, "ignored": 1, "seconds": [0.2, 0.3, 0.4]}, "kernels": "liger"}
+    result["memory_mb"] = {"allocated": 5.0, "reserved": 6.0, "host": 7.0}
+    (folder / "result.json").write_text(json.dumps(result))
+    records = [{"step_time_s": 9.0 - step, "loss": 5.0 - step} for step in range(steps)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    bench = object.__new__(device.DeviceBench)
+    bench.arguments = Namespace(steps=4, ignore=1)
+    return bench
+
+
+def test_a_row_of_a_gpu_keeps_every_steps_time_and_loss(tmp_path):
+    bench = recorded_device_run(tmp_path, 4)
+    found = bench.our_steps(tmp_path)
+    assert found["seconds"] == [9.0, 0.2, 0.3, 0.4]
+    assert found["reported"] == [9.0, 8.0, 7.0, 6.0]
+    assert found["loss"] == [5.0, 4.0, 3.0, 2.0]
+    assert found["memory"] == {"allocated": 5.0, "reserved": 6.0}
+    assert bench.kernels == "liger"
+    with pytest.raises(SystemExit, match="3 records of 4 steps"):
+        recorded_device_run(tmp_path, 3).our_steps(tmp_path)
+
+
+def test_our_runs_on_a_gpu_read_one_loss_after_each_step(tmp_path):
+    """As the page says of all contenders."""
+    row = device.ROWS[0]
+    bench = object.__new__(device.DeviceBench)
+    bench.arguments = train.arguments_of(["--only", row.contender, "--steps", "4"])
+    bench.work, bench.tokens, bench.model = tmp_path, tmp_path, row.model
+    command = bench.our_command(train.contender_of(row.contender), tmp_path)
+    options = parse_options("benchmark", command[1:])
+    assert options.report.log_interval == 1
+    assert (options.report.num_steps, options.report.ignore_steps) == (4, 3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -294,9 +435,11 @@ def test_plots_are_drawn_from_results_alike_each_time(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
+def fresh_accelerate() -> Iterator[None]:
     """accelerate keeps the precision of the first Trainer of a process; a rival's has one only."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +477,14 @@ def test_the_rivals_train_alike(job, precision, tolerance):
     assert max(one) - min(one) > 5 * tolerance
     recomputed = barest.train(replace(job, gradient_checkpoint=True)).losses
     assert recomputed == pytest.approx(one, abs=tolerance)
+
+
+def test_trainer_takes_no_precision_from_the_environment(job, monkeypatch):
+    """transformers leaves the one of an earlier Trainer there, and `accelerate config` may too."""
+    expected = barest.train(job).losses
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    losses = hf_trainer.train(job, torch.float32).notes.losses
+    assert [float(each) for each in losses] == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_barest_loop_is_the_recipe_written_out(job):
@@ -471,6 +622,11 @@ def test_a_row_of_a_gpu_is_benchmarks_own_result(tmp_path, tokens):
         row = device.Row("tiny", 64, 2, "full", contender)
         results.append(device.measured(row, 4, 1, tmp_path / str(number), tokens))
         assert len(results[-1]["measured_seconds"]) == 3
+        # The page says that the file has every step's time and every loss.
+        assert len(results[-1]["step_seconds"]) == len(results[-1]["loss"]) == 4
+        assert all(each > 0 for each in results[-1]["step_seconds"])
+    assert results[0]["kernels"].startswith("torch") or torch.cuda.is_available()
+    assert results[1]["kernels"] == "transformers"
     device.check_alike([vars(row) | found for found in results])
     assert results[0]["loss"][0] == pytest.approx(results[1]["loss"][0], abs=2e-2)
     assert device.rates(row, results[0], "NVIDIA H200")["tokens_per_second"] > 0

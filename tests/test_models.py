@@ -189,9 +189,52 @@ def test_shapes_are_refused_as_configs_are(tmp_path):
     for text in ("{", "[]"):
         path.write_text(text)
         assert "not a model configuration" in shape_refusal(path)
+        assert "not a model configuration" in refusal(str(path))
     path.write_text('{"model_type": "llama", "hidden_size": "4096", "num_hidden_layers": 0}')
     assert "hidden_size is '4096'" in shape_refusal(path)
     assert "num_hidden_layers is 0" in shape_refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"num_key_value_heads": "8"}, "num_key_value_heads is '8'"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"num_key_value_heads": 8.0}, "num_key_value_heads is 8.0"),
+        ({"num_key_value_heads": True}, "num_key_value_heads is True"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"head_dim": "128"}, "head_dim is '128'"),
+        ({"head_dim": [128]}, r"head_dim is \[128\]"),
+        ({"num_key_value_heads": 5}, "32 is no multiple of num_key_value_heads 5"),
+        ({"num_attention_heads": 30, "num_key_value_heads": 4}, "30 is no multiple of"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'.*expected true or"),
+        ({"attention_bias": 1}, "attention_bias is 1.*expected true or false"),
+        ({"mlp_bias": None}, "mlp_bias is None.*expected true or false"),
+        ({"vocab_size": None}, "vocab_size is None.*expected a whole number above 0"),
+        ({"attention_dropout": "no"}, "attention_dropout is 'no'.*a number from 0 to 1"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window is '4096'"),
+        ({"model_type": ["llama"]}, r"got the model type \['llama'\]"),
+        ({"model_type": {"name": "llama"}}, "got the model type {'name': 'llama'}"),
+        ({"model_type": None}, "got the model type None"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name(tmp_path, content, message):
+    """By the reader without transformers and by the one with it, in one message each."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama"} | content))
+    for reader in (model_shape, model_config):
+        with pytest.raises(UserError, match=message):
+            reader(str(path))
+
+
+def test_all_wrong_values_are_named_at_once(tmp_path):
+    path = tmp_path / "config.json"
+    content = {"model_type": "llama", "head_dim": -1, "hidden_size": "x", "mlp_bias": "no"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        model_shape(str(path))
+    for name in ("head_dim is -1", "hidden_size is 'x'", "mlp_bias is 'no'"):
+        assert name in str(caught.value)
 
 
 def test_shape_of_a_hub_id_is_read_from_the_cache_only(tmp_path, monkeypatch):

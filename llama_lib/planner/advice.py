@@ -5,7 +5,8 @@ memory where it lacks; none of them changes what is learnt but by rounding.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from llama_lib.config import ModelOptions, Options, ParallelOptions, TrainingOptions
 from llama_lib.errors import UserError
@@ -88,150 +89,166 @@ def options_of(job: Job) -> Options:
     return Options(model=model, parallel=parallel, training=training, typed=typed)
 
 
-def _changes(options: Options, job: Job) -> Iterator[tuple[str, str, Options]]:
-    """(flags, price in words, options) of every change there is; not all of them are legal."""
-    layout, parallel, model = job.layout, options.parallel, options.model
+def change_words(before: Options, after: Options) -> str:
+    """What has to follow on the command line of `before` to make `after` of it.
+
+    A flag that comes again holds, and what the two have in common is not said.
+    """
+    words = []
+    for section in ("parallel", "training", "model"):
+        old, new = asdict(getattr(before, section)), asdict(getattr(after, section))
+        for name, value in new.items():
+            if value == old[name] or name in ("gradient_checkpoint", "recompute"):
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words.append(f"{_SHORT.get(name, f'--{name}')} {_word(value)}")
+    if before.recompute != after.recompute:
+        # -g and --recompute do not go together on one command line.
+        given = before.model.recompute != "none" or "recompute" in before.typed
+        full = after.recompute == "full" and not given
+        words.append("-g" if full else f"--recompute {after.recompute}")
+    return " ".join(words)
+
+
+_SHORT = {"plugin": "-p", "batch_size": "-b"}
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _in_steps(options: Options, accumulation: int, **values: Any) -> Options:
+    """The options with so many micro-steps; --global_batch_tokens, if given, makes them by itself
+    and stays."""
+    if options.training.global_batch_tokens is None:
+        values["accumulation_steps"] = accumulation
+    return changed(options, **values)
+
+
+def _changes(options: Options, job: Job, shared: bool) -> Iterator[tuple[str, Options]]:
+    """(price in words, options) of every change there is; not all of them are legal.
+
+    Args:
+        shared: the processes are on CPUs, where there is no other memory to move things to.
+    """
+    layout, model = job.layout, options.model
     if not model.chunked_loss:
-        yield "--chunked_loss", "none to speak of", changed(options, chunked_loss=True)
-    if not job.flash:
+        yield "none to speak of", changed(options, chunked_loss=True)
+    if not job.flash and job.accumulation % layout.sequence_axis == 0:
         yield (
-            "no --sp_mode",
             "rows are no longer split, scores no longer kept",
-            changed(options, sp_mode=None, sp=1),
+            _in_steps(options, job.accumulation // layout.sequence_axis, sp_mode=None, sp=1),
         )
-        yield "-a", "none: a fused kernel keeps no scores", changed(options, flash_attention=True)
     if job.recompute == "none":
-        yield (
-            "--recompute selective",
-            "norms, rotary and SwiGLU once more",
-            with_recompute(options, "selective"),
-        )
+        yield "norms, rotary and SwiGLU once more", with_recompute(options, "selective")
     if job.recompute != "full":
         yield (
-            "-g",
             "the layers' forward pass once more, a third more arithmetic",
             with_recompute(options, "full"),
         )
     yield from _smaller_batches(options, job)
-    yield from _other_plugins(options, job)
+    yield from _other_plugins(options, job, shared)
+    if layout.plugin == "gemini" and not shared:
+        yield from _more_on_the_host(options, job)
+    if options.parallel.sp_mode is None and not job.lora_parameters:
+        yield from _larger_groups(options, job, shared)
+
+
+def _more_on_the_host(options: Options, job: Job) -> Iterator[tuple[str, Options]]:
     for share in (0.5, 1.0):
-        if layout.plugin == "gemini" and job.offload_optim_frac < share:
+        if job.offload_optim_frac < share:
             yield (
-                f"--offload_optim_frac {share}",
                 "the host updates part of the weights, gradients and weights cross PCI Express",
                 changed(options, offload_optim_frac=share),
             )
-    if layout.plugin == "gemini" and job.offload_param_frac < 1:
+    if job.offload_param_frac < 1:
         yield (
-            "--offload_optim_frac 1.0 --offload_param_frac 1.0",
             "the host updates all weights, which cross PCI Express in every pass",
             changed(options, offload_optim_frac=1.0, offload_param_frac=1.0),
         )
-    if parallel.sp_mode is None and not job.lora_parameters:
-        yield from _larger_groups(options, job)
 
 
-def _larger_groups(options: Options, job: Job) -> Iterator[tuple[str, str, Options]]:
+def _larger_groups(options: Options, job: Job, shared: bool) -> Iterator[tuple[str, Options]]:
     """More processes to one replica: tensor parallelism, stages, or gemini instead of both."""
     layout = job.layout
-    whole = {
-        "zero_stage": None,
-        "offload_optim_frac": 0.0,
-        "offload_param_frac": 0.0,
-        "global_batch_tokens": None,
-    }
+    on_device = {"offload_optim_frac": 0.0, "offload_param_frac": 0.0}
     # A tensor group communicates in every layer: it stays within a host.
     for tp in divisors(min(job.gpus_per_host, layout.world_size)):
-        if tp > layout.tp:
+        # Fewer replicas take as many more micro-steps for the same global batch.
+        if tp > layout.tp and job.accumulation * tp % layout.tp == 0:
             yield (
-                f"-p hybrid_parallel --tp {tp}",
                 f"{layout.world_size // tp // layout.pp} replica(s) instead of {layout.dp}, two "
                 "all-reduces a layer in each pass",
-                changed(
+                _in_steps(
                     options,
+                    job.accumulation * tp // layout.tp,
                     plugin="hybrid_parallel",
                     tp=tp,
-                    accumulation_steps=max(1, job.accumulation * tp // layout.tp),
-                    **whole,
+                    **on_device,
                 ),
             )
     if layout.plugin != "hybrid_parallel":
         return
+    # Stage 2 is refused with a pipeline.
+    stage = None if options.parallel.zero_stage == 2 else options.parallel.zero_stage
     for pp in divisors(job.shape.num_hidden_layers):
-        if pp > layout.pp:
+        if pp > layout.pp and job.accumulation * pp % layout.pp == 0:
             yield (
-                f"--pp {pp}",
                 f"{layout.world_size // layout.tp // pp} replica(s) instead of {layout.dp}, "
                 "stages wait at the ends of a step",
-                changed(
-                    options,
-                    pp=pp,
-                    accumulation_steps=max(1, job.accumulation * pp // layout.pp),
-                    **whole,
-                ),
+                _in_steps(options, job.accumulation * pp // layout.pp, pp=pp, zero_stage=stage),
             )
     # The same rows in a step, one at a time: gemini has as many replicas as processes.
-    steps = max(1, job.tokens_per_step // job.max_length // layout.world_size)
-    for share in (0.0, 1.0):
-        words = f" --offload_optim_frac {share}" if share else ""
+    steps, rest = divmod(job.tokens_per_step, job.max_length * layout.world_size)
+    if rest:
+        return
+    for share in (0.0,) if shared else (0.0, 1.0):
         price = "; the host updates the weights" if share else ""
         yield (
-            f"-p gemini -b 1 --accumulation_steps {steps}{words} (without --tp and --pp)",
             f"weights are gathered in every pass{price}",
-            changed(
+            _in_steps(
                 options,
-                **whole
-                | {
-                    "plugin": "gemini",
-                    "tp": 1,
-                    "pp": 1,
-                    "pp_style": "1f1b",
-                    "num_model_chunks": 1,
-                    "microbatch_size": None,
-                    "batch_size": 1,
-                    "accumulation_steps": steps,
-                    "offload_optim_frac": share,
-                },
+                steps,
+                plugin="gemini",
+                tp=1,
+                pp=1,
+                pp_style="1f1b",
+                num_model_chunks=1,
+                microbatch_size=None,
+                zero_stage=None,
+                batch_size=1,
+                offload_optim_frac=share,
             ),
         )
 
 
-def _smaller_batches(options: Options, job: Job) -> Iterator[tuple[str, str, Options]]:
+def _smaller_batches(options: Options, job: Job) -> Iterator[tuple[str, Options]]:
     """Fewer rows at a time with as many more micro-steps: the same global batch."""
     if job.layout.pp > 1:
         for rows in divisors(job.microbatch_size)[:-1]:
-            yield (
-                f"--microbatch_size {rows}",
-                "smaller products, more of them",
-                changed(options, microbatch_size=rows),
-            )
+            yield "smaller products, more of them", changed(options, microbatch_size=rows)
         return
     for rows in divisors(job.batch_size)[:-1]:
         steps = job.accumulation * job.batch_size // rows
         yield (
-            f"-b {rows} --accumulation_steps {steps}",
             "the same global batch in smaller pieces",
-            changed(options, batch_size=rows, accumulation_steps=steps, global_batch_tokens=None),
+            _in_steps(options, steps, batch_size=rows),
         )
 
 
-def _other_plugins(options: Options, job: Job) -> Iterator[tuple[str, str, Options]]:
+def _other_plugins(options: Options, job: Job, shared: bool) -> Iterator[tuple[str, Options]]:
     plugin = job.layout.plugin
-    if plugin == "zero2":
+    if plugin == "zero2" and not shared:
         yield (
-            "-p zero2_cpu",
             "the host updates the weights, gradients and weights cross PCI Express",
             changed(options, plugin="zero2_cpu"),
         )
     if plugin.startswith("zero2") and not job.lora_parameters:
+        yield "weights are gathered in every pass", changed(options, plugin="gemini")
+    if plugin == "gemini" and not shared:
         yield (
-            "-p gemini",
-            "weights are gathered in every pass",
-            changed(options, plugin="gemini"),
-        )
-    if plugin == "gemini":
-        yield (
-            "-p gemini_auto",
             "the host updates the weights; weights move there as memory demands",
             changed(options, plugin="gemini_auto", offload_optim_frac=0.0, offload_param_frac=0.0),
         )
@@ -259,9 +276,9 @@ def cheaper(
     need = memory(job)
     now = None if where is None else step_time(job, where)
     found = []
-    for order, (change, price, tried) in enumerate(_changes(base, job)):
-        world = job.layout.world_size
-        if refusals(tried, job.shape, world) or _refused_with_adapters(job, tried):
+    world = job.layout.world_size
+    for order, (price, tried) in enumerate(_changes(base, job, limit.shared)):
+        if refusals(tried, job.shape, world, has_gpu=not limit.shared):
             continue
         try:
             other = job_of(tried, job.shape, world, job.gpus_per_host)
@@ -278,6 +295,7 @@ def cheaper(
             if time is not None:
                 slowdown = now.tokens_per_second / time.tokens_per_second
                 price += f"; predicted time per token {slowdown - 1:+.0%}"
+        change = change_words(base, tried)
         found.append((Advice(change, saved, price, lacks == 0, slowdown, tried), order))
     enough = [pair for pair in found if pair[0].suffices]
     # Below a percent a prediction says nothing; then the order of the changes decides.
@@ -301,14 +319,6 @@ def _one_of_a_kind(found: list[Advice]) -> list[Advice]:
         kind = " ".join(words[:2]) if words[0] == "-p" else words[0]
         kinds.setdefault(kind, advice)
     return list(kinds.values())
-
-
-def _refused_with_adapters(job: Job, tried: Options) -> bool:
-    """ColossalAI has adapters without gemini, tensor and pipeline parallelism only."""
-    parallel = tried.parallel
-    return bool(job.lora_parameters) and (
-        parallel.plugin.startswith("gemini") or parallel.tp > 1 or parallel.pp > 1
-    )
 
 
 def advice_lines(found: list[Advice]) -> list[str]:
@@ -337,7 +347,7 @@ def offload_warning(job: Job) -> str | None:
 
 
 def needless_offload(job: Job, limit: Limits, options: Options, where: Machines) -> str | None:
-    """A line where the run moves to the host what would fit on the GPU (user_pain #38)."""
+    """A line where the run moves to the host what would fit on the GPU."""
     plugin = job.layout.plugin
     if plugin in ("zero2_cpu", "gemini_auto"):
         change = "-p zero2" if plugin == "zero2_cpu" else "-p gemini"
@@ -369,30 +379,37 @@ def out_of_memory_text(
     """What to say of a run that ran out of memory: plan and peak by kind, and what to change.
 
     Args:
-        peak_bytes: highest allocation measured on the GPU; None: not measured.
-        capacity: bytes of one GPU.
+        peak_bytes: highest allocation measured on the GPU, or of one CPU process; None: not
+            measured.
+        capacity: bytes of one GPU; where processes compute on CPUs, of the host.
         options: the run's; None: made from the job.
         where: its machines; None: those of this one, if its GPU is known.
     """
     need = memory(job)
     if where is None and (gpu := host_gpu()) is not None:
         where = machines(of_host(gpu), job.gpus_per_host)
-    room = capacity
+    room, planned, together = capacity, need.device_total, 1
+    one, whose = "GPU", "on a GPU"
     if where is not None:
         room = limits(replace(where, capacity=capacity), None).device
+    if where is not None and where.shared_memory:
+        together = job.processes_per_host
+        planned = shared_bytes(job, need) // together
+        one, whose = "process", f"in this host for its {together} process(es)"
     measured = "not measured" if peak_bytes is None else megabytes(peak_bytes)
     lines = [
-        f"out of memory: measured peak {measured}, planned {megabytes(need.device_total)}, of "
-        f"{megabytes(capacity)} on a GPU; planned for one GPU:"
+        f"out of memory: measured peak {measured}, planned {megabytes(planned)}, of "
+        f"{megabytes(capacity)} {whose}; planned for one {one}:"
     ]
     lines += [f"  {kind:<12}{megabytes(size):>14}" for kind, size in need.device.items() if size]
     if (warning := offload_warning(job)) is not None:
         lines.append(warning)
     # The plan said it would fit, and it did not: what it missed has to be saved too.
-    missed = max(0, (peak_bytes or 0) - need.device_total)
+    missed = max(0, (peak_bytes or 0) - planned) * together
     found = cheaper(job, room - missed, options, where)
     if not found:
-        lines.append("no change of layout saves memory here: use more GPUs, or shorter rows (-l)")
+        more = "more memory" if one == "process" else "more GPUs"
+        lines.append(f"no change of layout saves memory here: use {more}, or shorter rows (-l)")
     else:
         lines += ["the cheapest changes:", *advice_lines(found)]
     return "\n".join(lines)

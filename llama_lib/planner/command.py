@@ -10,7 +10,8 @@ from llama_lib.errors import UserError
 from llama_lib.flops import peak_tflops
 from llama_lib.models import Shape, model_shape
 from llama_lib.option_readers import POSITIVE, TOKENS, Reader, integer
-from llama_lib.planner.advice import advice_lines, cheaper, offload_warning
+from llama_lib.planner.advice import advice_lines, cheaper
+from llama_lib.planner.command_line import launch_command
 from llama_lib.planner.hardware import (
     GIB,
     Gpu,
@@ -31,17 +32,16 @@ from llama_lib.planner.report import (
     setting_lines,
     table,
     time_lines,
+    warm_up_lines,
 )
 from llama_lib.planner.search import (
-    STEP_TOKENS,
     Plan,
     Question,
     changed,
     excess,
-    largest_batch,
-    launch_command,
     limits,
     search,
+    step_tokens_of,
 )
 
 # Rows of the ranked table, beside the best of each plugin.
@@ -49,6 +49,8 @@ ROWS = 10
 # Times the given GPUs up to which more of them are tried when nothing fits.
 _MORE_GPUS = (2, 4, 8, 16, 32)
 DATA = "YOUR_DATA"
+# Tokens that hours are counted for where nobody says how many the run has.
+TOKENS_SHOWN = 10**9
 
 
 def main(argv: list[str]) -> int:
@@ -62,6 +64,7 @@ def main(argv: list[str]) -> int:
     where = _machines(asked)
     question = _question(asked, shape, where)
     print("\n".join(setting_lines(shape, asked.config, asked.gpus, where)))
+    print("\n".join(_step_lines(asked, question.step_tokens)))
     plans = search(question)
     if not plans:
         raise UserError(
@@ -76,7 +79,7 @@ def main(argv: list[str]) -> int:
         start = launch_command(
             best.options, asked.gpus, where.gpus_per_host, ["-c", asked.config], ["-d", DATA]
         )
-        print(f"\nstart the best with:\n{start}")
+        print(f"\nstart the {'best' if best.time else 'first'} with:\n{start}")
         return 0
     print("\n".join(["", *_nothing_fits(best, question, asked)]))
     return 1
@@ -122,12 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--pp", reader=one, help="this pipeline only")
     add("-g", "--gradient_checkpoint", action="store_true", help="--recompute full")
     add("--recompute", choices=("none", "selective", "full"), help="this way only")
-    add("--tokens", reader=TOKENS, default=10**9, help="tokens to count hours for (default 1b)")
+    add("--tokens", reader=TOKENS, help="tokens of the run, to count hours for (default 1b)")
     add(
         "--global_batch_tokens",
         reader=TOKENS,
-        default=STEP_TOKENS,
-        help=f"tokens of a step, at most (default {STEP_TOKENS}, the batch of LLaMA)",
+        help="tokens of a step, at most (default by the model's size: 0.5 Mi to 4 Mi)",
     )
     return parser
 
@@ -224,15 +226,19 @@ def _question(asked: argparse.Namespace, shape: Shape, where: Machines) -> Quest
         )
     if precision == "bf16" and not has_bf16:
         problems.append(f"-x bf16: {where.gpu.name} has no bf16 units; use -x fp16.")
-    if asked.global_batch_tokens < length:
-        problems.append(
-            f"--global_batch_tokens {asked.global_batch_tokens} is less than a row of {length}."
-        )
+    step_tokens = asked.global_batch_tokens or max(length, step_tokens_of(shape))
+    if step_tokens < length:
+        problems.append(f"--global_batch_tokens {step_tokens} is less than a row of {length}.")
     if asked.gradient_checkpoint and asked.recompute not in (None, "full"):
         problems.append(f"-g is --recompute full: got --recompute {asked.recompute} too.")
     if problems:
         raise UserError(problems)
-    base = changed(Options(script="pretrain"), max_length=length, mixed_precision=precision)
+    base = changed(
+        Options(script="pretrain"),
+        max_length=length,
+        mixed_precision=precision,
+        global_batch_tokens=step_tokens,
+    )
     host_bytes = None if asked.host_memory is None else int(asked.host_memory * GIB)
     return Question(
         options=base,
@@ -240,7 +246,7 @@ def _question(asked: argparse.Namespace, shape: Shape, where: Machines) -> Quest
         world_size=asked.gpus,
         machines=where,
         limit=limits(where, host_bytes),
-        step_tokens=asked.global_batch_tokens,
+        step_tokens=step_tokens,
         plugin=asked.plugin,
         tp=asked.tp,
         pp=asked.pp,
@@ -249,22 +255,32 @@ def _question(asked: argparse.Namespace, shape: Shape, where: Machines) -> Quest
     )
 
 
-def _lines_of_best(best: Plan, question: Question, asked: argparse.Namespace) -> list[str]:
-    largest = largest_batch(best.options, question)
+def _step_lines(asked: argparse.Namespace, step_tokens: int) -> list[str]:
+    """How long the steps are that plans are compared by, and what that does to the run."""
+    why = "" if asked.global_batch_tokens else ", by the model's size"
     lines = [
-        f"best: {best.job.layout.describe()}, --recompute {best.job.recompute}, "
+        f"steps of {step_tokens:,} tokens, or as near as it comes out (--global_batch_tokens{why})"
+    ]
+    if asked.tokens is not None:
+        warm_up = Options().training.warmup_steps
+        lines += warm_up_lines(asked.tokens // step_tokens, warm_up, step_tokens)
+    return lines
+
+
+def _lines_of_best(best: Plan, question: Question, asked: argparse.Namespace) -> list[str]:
+    rank = "not ranked by speed, first" if best.time is None else "best"
+    return [
+        f"{rank}: {best.job.layout.describe()}, --recompute {best.job.recompute}, "
         f"-b {best.job.batch_size}, {best.job.precision}, rows of {best.job.max_length}",
         *memory_lines(best.job, best.need, question.machines, question.limit),
-        fits_line(best, question.limit, largest),
-        *time_lines(best.time, asked.tokens, question.machines),
+        fits_line(best, question.limit),
+        *time_lines(best, asked.tokens or TOKENS_SHOWN, question.machines),
     ]
-    warning = offload_warning(best.job)
-    return lines + ([warning] if warning else [])
 
 
 def _ranking(plans: Sequence[Plan], question: Question, asked: argparse.Namespace) -> list[str]:
     shown = selection(plans, ROWS)
-    return table(shown, asked.tokens, question.limit)
+    return table(shown, asked.tokens or TOKENS_SHOWN, question.limit)
 
 
 def _nothing_fits(nearest: Plan, question: Question, asked: argparse.Namespace) -> list[str]:

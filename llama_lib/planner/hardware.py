@@ -8,7 +8,6 @@ import os
 import subprocess
 from dataclasses import dataclass, replace
 
-from llama_lib.errors import UserError
 from llama_lib.flops import peak_tflops
 
 GIB = 2**30
@@ -185,6 +184,12 @@ def machines(
     return Machines(gpu, gpus_per_host, capacity, network, notes)
 
 
+def cpu_host(memory: int, processes: int) -> Machines:
+    """A host without GPUs: its processes compute on CPUs and share its bytes of memory."""
+    cpu = without_speed("CPU", memory / GIB)
+    return Machines(cpu, processes, memory, None, shared_memory=True)
+
+
 @dataclass(frozen=True)
 class HostGpu:
     """The GPUs of this machine: name and MiB of the first, and how many there are."""
@@ -223,9 +228,3 @@ def host_memory() -> int:
             return min(total, int(file.read()))
     except (OSError, ValueError):  # no such file, or "max"
         return total
-
-
-def require_speed(gpu: Gpu) -> None:
-    """Raises UserError, naming the flags, where no time can be predicted for the card."""
-    if gpu.tflops is None:
-        raise UserError(unknown_gpu_message(gpu.name))

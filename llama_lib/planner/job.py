@@ -36,7 +36,6 @@ class Job:
         offload_optim_frac, offload_param_frac: gemini's shares in host memory, 0 to 1.
         gpus_per_host: processes that share one host's memory.
         lora_parameters: parameters of the adapters; 0: the whole model is trained.
-        model_chunks: parts of the model on each pipeline stage: 1, or more when interleaved.
     """
 
     shape: Shape
@@ -53,7 +52,11 @@ class Job:
     offload_param_frac: float = 0.0
     gpus_per_host: int = 8
     lora_parameters: int = 0
-    model_chunks: int = 1
+
+    @property
+    def model_chunks(self) -> int:
+        """Parts of the model on each pipeline stage: 1, or more when interleaved."""
+        return self.layout.model_chunks
 
     @property
     def element(self) -> int:
@@ -108,7 +111,6 @@ def job_of(options: Options, shape: Shape, world_size: int, gpus_per_host: int) 
         offload_param_frac=parallel.offload_param_frac,
         gpus_per_host=min(gpus_per_host, world_size),
         lora_parameters=lora_parameters(options, shape),
-        model_chunks=parallel.num_model_chunks,
     )
 
 

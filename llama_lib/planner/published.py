@@ -83,7 +83,7 @@ PUBLISHED = (
         150032.0,
         _job("llama2-70b", "zero2", 16, 3, 4096, "bf16"),
         "48 rows are taken as those of all GPUs: 48 on each would keep 245,760 MB of layer inputs "
-        "alone. The row cannot be what it says. 150,032 MB are 157 GB, and an H200 has 141. And "
+        "alone. The row cannot be what it says: 150,032 MB are 146.5 GiB, an H200 has 140.4. And "
         "zero2 holds on every GPU all weights in bf16 and a sixteenth of 12 bytes a parameter, "
         "180,898 MB before the first activation. The next row is another reading of it.",
     ),

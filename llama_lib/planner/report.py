@@ -3,6 +3,7 @@
 Invariant: MB are 2**20 bytes; a time that could not be predicted is shown as n/a, never as 0.
 """
 
+import math
 from collections.abc import Sequence
 
 from llama_lib.flops import num_parameters
@@ -12,12 +13,15 @@ from llama_lib.planner.job import Job
 from llama_lib.planner.memory import Memory
 from llama_lib.planner.roofline import FALLBACK_FAMILY, StepTime, fitted
 from llama_lib.planner.search import (
+    COMFORTABLE,
+    MOST_ROWS,
     RESERVED_BYTES,
     RESERVED_SHARE,
     Limits,
     Plan,
     evicted,
     excess,
+    largest_batch,
     shared_bytes,
 )
 
@@ -37,8 +41,18 @@ def tokens_text(number: float) -> str:
     return f"{number:g}"
 
 
+def plain(number: float) -> str:
+    """Three digits of a number, more before the point, without an exponent: 1,750 or 0.012."""
+    if number >= 100 or number == 0:
+        return f"{number:,.0f}"
+    digits = max(0, 2 - math.floor(math.log10(number)))
+    return f"{number:.{digits}f}"
+
+
 def hours_text(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+    if hours < 0.01:
+        return "under 0.01"
+    return f"{hours:.2f}" if hours < 10 else plain(hours)
 
 
 def memory_lines(job: Job, need: Memory, machines: Machines, limit: Limits) -> list[str]:
@@ -73,24 +87,27 @@ def memory_lines(job: Job, need: Memory, machines: Machines, limit: Limits) -> l
     return lines
 
 
-def fits_line(plan: Plan, limit: Limits, largest: int) -> str:
+def fits_line(plan: Plan, limit: Limits) -> str:
     """Fits or not, and the largest batch that does."""
-    rows = f"the largest batch that fits is -b {largest}" if largest else "nor does -b 1"
     if plan.job.layout.pp > 1:
         micro = plan.job.microbatch_size
         rows = f"in a pipeline memory goes by --microbatch_size, here {micro}, not by -b"
+    else:
+        largest = largest_batch(plan.job, limit)
+        more = " or more" if largest == MOST_ROWS else ""
+        rows = f"the largest batch that fits is -b {largest}{more}" if largest else "nor does -b 1"
+        if plan.job.accumulation > 1:
+            rows += f" (--accumulation_steps {plan.job.accumulation})"
     if plan.fits:
-        return f"fits; {rows}"
+        return f"fits{', tight' * plan.tight}; {rows}"
     return f"does not fit: {megabytes(excess(plan, limit))} too much; {rows}"
 
 
-def time_lines(time: StepTime | None, tokens: int, machines: Machines) -> list[str]:
+def time_lines(plan: Plan, tokens: int, machines: Machines) -> list[str]:
     """Seconds of a step by part, the rate, and hours for so many tokens."""
+    time = plan.time
     if time is None:
-        return [
-            f"time: {NOT_KNOWN} (speed of '{machines.gpu.name}' in this precision unknown, pass "
-            "--peak_tflops)"
-        ]
+        return [f"time: {NOT_KNOWN} ({no_time_because(plan.job, machines)})"]
     parts = sorted(time.parts.items(), key=lambda part: -part[1])
     shares = ", ".join(
         f"{name} {seconds / time.seconds:.0%}"
@@ -98,12 +115,30 @@ def time_lines(time: StepTime | None, tokens: int, machines: Machines) -> list[s
         if seconds / time.seconds >= 0.005
     )
     lines = [
-        f"predicted step of {time.tokens:,} tokens: {time.seconds:.3g} s ({shares})",
+        f"predicted step of {time.tokens:,} tokens: {plain(time.seconds)} s ({shares})",
         f"predicted rate: {time.tokens_per_second:,.0f} tokens/s, "
         f"{time.tokens_per_second / time.num_gpus:,.0f} per GPU; "
         f"{hours_text(time.hours(tokens))} hours for {tokens_text(tokens)} tokens",
     ]
     return lines + unknown_lines(time, machines)
+
+
+def no_time_because(job: Job, machines: Machines) -> str:
+    if machines.shared_memory:
+        return "no times for a CPU"
+    if job.precision == "fp32":
+        return "times are predicted for 16 bits only"
+    return f"speed of '{machines.gpu.name}' unknown, pass --peak_tflops"
+
+
+def warm_up_lines(steps: int, warm_up: int, step_tokens: int) -> list[str]:
+    """What to say of a run that ends before its learning rate is up; nothing of others."""
+    if steps >= warm_up:
+        return []
+    return [
+        f"{steps:,} steps of {step_tokens:,} tokens are fewer than the {warm_up:,} of warm-up: "
+        "fewer tokens a step (--global_batch_tokens), or fewer --warmup_steps"
+    ]
 
 
 def unknown_lines(time: StepTime, machines: Machines) -> list[str]:
@@ -148,6 +183,7 @@ _HEADER = (
     "offload",
     "GPU MB",
     "host MB",
+    "fits",
     "step s",
     "tokens/s",
     "hours",
@@ -165,10 +201,13 @@ def table(plans: Sequence[Plan], tokens: int, limit: Limits) -> list[str]:
         offload = NOT_KNOWN
         if layout.plugin == "gemini":
             offload = f"{job.offload_optim_frac:g}, {job.offload_param_frac:g}"
-        rates = ("-", f"lacks {excess(plan, limit) / MIB:,.0f}", "-")
+        fitting = f"lacks {excess(plan, limit) / MIB:,.0f} MB"
+        if plan.fits:
+            fitting = "tight" if plan.tight else "yes"
+        rates = ("-",) * 3
         if plan.fits and time is not None:
             rates = (
-                f"{time.seconds:.3g}",
+                plain(time.seconds),
                 f"{time.tokens_per_second:,.0f}",
                 hours_text(time.hours(tokens)),
             )
@@ -186,18 +225,35 @@ def table(plans: Sequence[Plan], tokens: int, limit: Limits) -> list[str]:
                 "-" if offload == NOT_KNOWN else offload,
                 f"{(plan.need.device_total - evicted(plan.need, limit)) / MIB:,.0f}",
                 f"{plan.need.host_total / MIB:,.0f}",
+                fitting,
                 *rates,
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    left = {1, 2, 4}
-    return [
+    left = {1, 2, 4, 10}
+    lines = [
         "  ".join(
             cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
+    return lines + _legend(plans)
+
+
+def _legend(plans: Sequence[Plan]) -> list[str]:
+    """What the cells of these plans mean that do not say it."""
+    notes = []
+    for plan in plans:
+        if plan.job.layout.pp > 1:
+            shown = f"{plan.job.batch_size}/{plan.job.microbatch_size}"
+            notes.append(f"-b {shown}: rows of -b, cut into micro-batches of --microbatch_size")
+            break
+    if any(plan.job.layout.plugin == "gemini" for plan in plans):
+        notes.append("offload: --offload_optim_frac, --offload_param_frac")
+    if any(plan.fits and plan.tight for plan in plans):
+        notes.append(f"tight: takes more than {COMFORTABLE:.0%} of the room")
+    return ["; ".join(notes)] if notes else []
 
 
 def selection(plans: Sequence[Plan], rows: int) -> list[Plan]:

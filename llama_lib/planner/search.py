@@ -61,7 +61,7 @@ _OF_A_PLUGIN: dict[str, Any] = {
     "offload_param_frac": 0.0,
 }
 # A batch no search goes beyond where nothing else bounds it.
-_MOST_ROWS = 4096
+MOST_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Question:
 def largest_batch(job: Job, limit: Limits) -> int:
     """Rows of the largest --batch_size that fits, everything else, accumulation too, being this
     job's; 0: not even one row. Not for pipelines, whose memory goes by the micro-batch."""
-    return largest(lambda rows: _rows_fit(job, rows, job.accumulation, limit), _MOST_ROWS)
+    return largest(lambda rows: _rows_fit(job, rows, job.accumulation, limit), MOST_ROWS)
 
 
 def _rows_fit(job: Job, rows: int, accumulation: int, limit: Limits) -> bool:
@@ -397,13 +397,13 @@ def _rows_of_a_step(options: Options, asked: Question, in_step: int, limit: Limi
         stages = job.layout.pp
         return max(stages, in_step // job.microbatch_size) * job.microbatch_size
     least = math.ceil(NEARLY * in_step)
-    most = min(_MOST_ROWS, in_step)
+    most = min(MOST_ROWS, in_step)
     if least <= most:
         rows = largest(lambda rows: _rows_fit(job, rows, 1, limit), most, above=least - 1)
         if rows >= least:
             return rows
     # Two stand for any number above one.
-    half = min(_MOST_ROWS, in_step // 2)
+    half = min(MOST_ROWS, in_step // 2)
     return _even(largest(lambda rows: _rows_fit(job, rows, 2, limit), half), in_step)
 
 
@@ -413,55 +413,3 @@ def _even(most: int, in_step: int) -> int:
         if in_step // rows * rows >= NEARLY * in_step:
             return rows
     return most
-
-
-def flags(options: Options, world_size: int) -> list[str]:
-    """The words of a command line that say what a plan chose."""
-    parallel, training = options.parallel, options.training
-    words = ["-p", parallel.plugin]
-    for name in ("tp", "pp"):
-        if getattr(parallel, name) > 1:
-            words += [f"--{name}", str(getattr(parallel, name))]
-    if parallel.sp_mode is not None:
-        words += ["--sp", str(parallel.sp), "--sp_mode", parallel.sp_mode]
-    if parallel.pp_style != "1f1b":
-        words += ["--pp_style", parallel.pp_style]
-        words += ["--num_model_chunks", str(parallel.num_model_chunks)]
-    if parallel.zero_stage is not None:
-        words += ["--zero_stage", str(parallel.zero_stage)]
-    words += ["-b", str(training.batch_size)]
-    if parallel.microbatch_size is not None:
-        words += ["--microbatch_size", str(parallel.microbatch_size)]
-    if training.global_batch_tokens is not None:
-        words += ["--global_batch_tokens", str(training.global_batch_tokens)]
-    elif training.accumulation_steps > 1:
-        words += ["--accumulation_steps", str(training.accumulation_steps)]
-    words += ["-l", str(options.model.max_length), "-x", training.mixed_precision]
-    if options.recompute == "full":
-        words.append("-g")
-    elif options.recompute != "none":
-        words += ["--recompute", options.recompute]
-    if not options.model.chunked_loss:
-        words.append("--no-chunked_loss")
-    for name in ("offload_optim_frac", "offload_param_frac"):
-        if getattr(parallel, name):
-            words += [f"--{name}", str(getattr(parallel, name))]
-    return words
-
-
-def launch_command(
-    options: Options, world_size: int, gpus_per_host: int, before: list[str], after: list[str]
-) -> str:
-    """How to start a plan: alone, on one host, or on several by a host file.
-
-    Args:
-        before, after: words of the script's command line before and after what the plan chose.
-    """
-    if world_size == 1:
-        start = ["python"]
-    elif world_size <= gpus_per_host:
-        start = ["torchrun", "--standalone", "--nproc_per_node", str(world_size)]
-    else:
-        start = ["colossalai", "run", "--nproc_per_node", str(gpus_per_host)]
-        start += ["--hostfile", "YOUR_HOST_FILE"]
-    return " ".join([*start, f"{options.script}.py", *before, *flags(options, world_size), *after])

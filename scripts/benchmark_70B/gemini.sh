@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # 70B under gemini: weights, gradients and optimizer state shared out among all GPUs.
-# Out of memory? gemini_auto.sh moves part of them to the hosts' memory and is slower.
+# Out of memory? gemini_auto.sh keeps the optimizer state in the hosts' memory and is slower.
 
 set -euo pipefail
 # shellcheck source=scripts/benchmark_common.sh

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# 70B under zero2: whole weights (138 GB) on every GPU, gradients and optimizer state shared out.
-# No GPU with less memory than that can run it: there, gemini.sh or 3d.sh.
+# 70B under zero2: whole weights on every GPU, gradients and optimizer state shared out.
+# By the plan it needs about 168,600 MB on each of 32 GPUs: a B200 has that, an H200 has not.
+# On smaller GPUs gemini.sh or 3d.sh.
 
 set -euo pipefail
 # shellcheck source=scripts/benchmark_common.sh

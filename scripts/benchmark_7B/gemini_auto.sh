@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# 7B under gemini_auto: as gemini.sh, with part of the weights and optimizer state in host memory,
-# as much as the GPUs have no room for.
+# 7B under gemini_auto: as gemini.sh, with the optimizer state always in host memory, and of the
+# weights as much as the GPUs have no room for.
 
 set -euo pipefail
 # shellcheck source=scripts/benchmark_common.sh

@@ -30,7 +30,7 @@ RUNS = {
 }
 SCRIPTS = [f"benchmark_{size}/{name}.sh" for size in ("7B", "70B") for name in RUNS]
 
-# The seed's final line.
+# The line that ColossalAI's examples/language/llama2/benchmark.py ends with.
 FINAL = r"max memory usage:  [\d.]+ MB, throughput:  [\d.]+ samples/s, TFLOPS/GPU:  [\d.]+"
 
 

@@ -43,7 +43,7 @@ def _train(engine: Engine) -> Report:
 
 
 def recomputed(layout: str, precision: str, folder: Path) -> dict[str, Report]:
-    """The first steps in each recompute mode; "kept" counts layers that ran selectively."""
+    """The first steps in each recompute mode; "selective_layers" counts layers run selectively."""
     reports = {}
     plain = recompute.selective_contexts
     for mode in RECOMPUTE:

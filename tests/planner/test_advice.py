@@ -8,12 +8,19 @@ import pytest
 from llama_lib.config import parse_options
 from llama_lib.layout import Layout, layout_problems
 from llama_lib.models import model_shape
-from llama_lib.planner.advice import cheaper, offload_warning, options_of, out_of_memory_text
-from llama_lib.planner.hardware import GIB, known_gpu, machines
+from llama_lib.planner.advice import (
+    _changes,
+    change_words,
+    cheaper,
+    offload_warning,
+    options_of,
+    out_of_memory_text,
+)
+from llama_lib.planner.hardware import GIB, cpu_host, known_gpu, machines
 from llama_lib.planner.job import Job, job_of
 from llama_lib.planner.memory import memory
 from llama_lib.planner.roofline import step_time
-from llama_lib.planner.search import limits
+from llama_lib.planner.search import limits, refusals
 
 A100 = machines(known_gpu("a100-80gb"), 8)
 ROOM = limits(A100, None).device
@@ -22,7 +29,14 @@ ROOM = limits(A100, None).device
 def job(model="7b", plugin="zero2", world=8, zero=2, rows=16, tp=1, pp=1, **changes) -> Job:
     values = {
         "shape": model_shape(model),
-        "layout": Layout(plugin, world, tp, pp, zero_stage=zero),
+        "layout": Layout(
+            plugin,
+            world,
+            tp,
+            pp,
+            zero_stage=zero,
+            model_chunks=changes.pop("model_chunks", 1),
+        ),
         "batch_size": rows,
         "accumulation": 1,
         "microbatch_size": rows if pp == 1 else 1,
@@ -148,7 +162,7 @@ def test_a_peak_above_the_plan_is_saved_too():
 
 
 def test_offloading_without_recomputation_is_warned_of():
-    """user_pain #23: all states on the host, and the activations still do not fit."""
+    """All states on the host, and the activations still do not fit."""
     offloaded = job(plugin="gemini", zero=3, rows=4, offload_optim_frac=1.0)
     assert "add -g" in offload_warning(offloaded)
     assert offload_warning(replace(offloaded, recompute="full")) is None
@@ -165,3 +179,84 @@ def test_nothing_is_proposed_that_a_switch_of_the_run_forbids():
         assert not parallel.plugin.startswith("gemini") and parallel.tp == 1
         assert advice.options.recompute != "selective"
     assert cheaper(before, ROOM, compiled)
+
+
+LINES = [
+    ("7b", 8, "-p zero2 -b 16 -l 4096"),
+    ("7b", 8, "-p zero2 -b 16 -l 4096 --global_batch_tokens 1048576"),
+    ("7b", 8, "-p zero2_cpu -b 6 -l 4096 --accumulation_steps 2 --recompute selective"),
+    ("7b", 8, "-p gemini -b 16 -l 4096 --offload_optim_frac 0.5 --no-chunked_loss"),
+    ("7b", 8, "-p hybrid_parallel --zero_stage 2 -b 16 -l 4096 --recompute none"),
+    ("13b", 8, "-p hybrid_parallel --tp 2 --pp 2 --microbatch_size 4 -b 8 -l 4096"),
+    (
+        "13b",
+        8,
+        "-p hybrid_parallel --pp 2 --pp_style interleaved --num_model_chunks 2 -b 8 -l 4096"
+        " --global_batch_tokens 131072",
+    ),
+    ("7b", 8, "-p hybrid_parallel --sp 2 --sp_mode all_to_all -b 4 -l 4096 --accumulation_steps 4"),
+]
+
+
+@pytest.mark.parametrize(("model", "world", "line"), LINES)
+def test_a_line_with_a_change_added_makes_the_job_the_change_is_of(model, world, line):
+    shape, words = model_shape(model), ["-c", model, "-x", "bf16", "-d", "unused", *line.split()]
+    options = parse_options("pretrain", words)
+    before = job_of(options, shape, world, 8)
+    found = list(_changes(options, before, shared=False))
+    checked = 0
+    for _, tried in found:
+        if refusals(tried, shape, world):
+            continue
+        change = change_words(options, tried)
+        again = parse_options("pretrain", [*words, *change.split()])
+        assert refusals(again, shape, world) == [], change
+        assert job_of(again, shape, world, 8) == job_of(tried, shape, world, 8), change
+        assert job_of(again, shape, world, 8).tokens_per_step == before.tokens_per_step, change
+        checked += 1
+    assert checked >= 3
+
+
+def test_steps_in_tokens_stay_steps_in_tokens():
+    """--accumulation_steps beside --global_batch_tokens is refused."""
+    line = "-p zero2 -b 16 -l 4096 --global_batch_tokens 1048576"
+    options = parse_options("pretrain", ["-x", "bf16", "-d", "unused", *line.split()])
+    shape = model_shape("7b")
+    found = cheaper(job_of(options, shape, 8, 8), ROOM, options, A100)
+    assert any(advice.change.startswith("-b ") for advice in found)
+    for advice in found:
+        assert "accumulation" not in advice.change
+        assert advice.options.training.global_batch_tokens == 1048576
+
+
+def test_a_larger_group_says_how_many_micro_steps_it_takes():
+    options = options_of(job(rows=1))
+    changes = {
+        tried.parallel.tp: change_words(options, tried)
+        for _, tried in _changes(options, job(rows=1), shared=False)
+        if tried.parallel.tp > 1
+    }
+    assert changes[2] == "-p hybrid_parallel --tp 2 --accumulation_steps 2"
+
+
+def test_fp32_is_not_sent_to_gemini_on_a_gpu():
+    before = job(precision="fp32")
+    for advice in cheaper(before, ROOM, where=A100):
+        assert not advice.options.parallel.plugin.startswith("gemini")
+
+
+def test_on_a_cpu_nothing_is_moved_to_the_host():
+    """Processes on CPUs have one memory: what leaves the device is still in it."""
+    here = cpu_host(64 * GIB, 2)
+    for plugin, zero in (("zero2", 2), ("gemini", 3)):
+        before = job(plugin=plugin, zero=zero, world=2)
+        for shared in (False, True):
+            plugins = [
+                (tried.parallel.plugin, tried.parallel.offload_optim_frac)
+                for _, tried in _changes(options_of(before), before, shared)
+            ]
+            moving = [p for p, share in plugins if share or p in ("zero2_cpu", "gemini_auto")]
+            assert bool(moving) != shared
+        text = out_of_memory_text(before, None, here.capacity, where=here)
+        assert "in this host for its 2 process(es); planned for one process:" in text
+        assert "GPU" not in text and "zero2_cpu" not in text and "offload" not in text

@@ -30,6 +30,7 @@ from llama_lib.planner.memory import (
     stage_layers,
     stage_memory,
 )
+from tests.planner.test_roofline import PUBLISHED as TIMES
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "memory.md"
@@ -65,6 +66,14 @@ def test_published_rows_are_the_published_ones() -> None:
     for row in seven:
         plan = (memory(row.job).device_total + published.extra_bytes(row)) / published.MB
         assert plan == pytest.approx(row.megabytes, rel=0.05)
+
+
+def test_times_and_peaks_are_of_the_same_reading_of_a_row() -> None:
+    rows = {row.job.layout: row.job.batch_size for row in published.PUBLISHED}
+    both = [row for row in TIMES if row.layout in rows and row.gpu == "NVIDIA H200"]
+    assert len(both) == 2
+    for row in both:
+        assert rows[row.layout] == row.batch_size
 
 
 def test_neither_torch_nor_transformers_is_imported() -> None:
@@ -176,7 +185,7 @@ def test_micro_batches_in_flight() -> None:
     assert [passes_in_flight(four, stage) for stage in range(4)] == [4, 3, 2, 1]
     two_rows = replace(four, batch_size=2)
     assert [passes_in_flight(two_rows, stage) for stage in range(4)] == [2, 2, 2, 1]
-    interleaved = replace(four, model_chunks=2)
+    interleaved = replace(four, layout=replace(four.layout, model_chunks=2))
     # 2 (stages after it) + (chunks - 1) stages, and the one under way
     assert [passes_in_flight(interleaved, stage) for stage in range(4)] == [11, 9, 7, 5]
 

@@ -19,6 +19,7 @@ from llama_lib.planner.command import main
 from llama_lib.planner.hardware import HostGpu, known_gpu, machines
 from llama_lib.planner.job import job_of
 from llama_lib.planner.memory import memory
+from llama_lib.planner.report import hours_text, plain
 from llama_lib.planner.roofline import step_time
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,78 @@ def test_bytes_times_and_hours_are_shown(plan):
     time_of_step = step_time(job, machines(known_gpu("h200"), 8))
     assert f"{time_of_step.tokens_per_second:,.0f} tokens/s" in out
     assert f"{time_of_step.hours(10**12):,.0f} hours for 1T tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "tokens"),
+    [
+        ("-c 1.1b --gpus 1 --gpu h200", 524_288),
+        ("-c 7b --gpus 8 --gpu h200 -p zero2", 1_048_576),
+        ("-c 70b --gpus 32 --gpu h200 -p gemini", 4_194_304),
+        ("-c 7b --gpus 8 --gpu h200 -p zero2 --global_batch_tokens 2097152", 2_097_152),
+    ],
+)
+def test_steps_go_by_the_size_of_the_model_and_are_started_as_they_are_planned(plan, flags, tokens):
+    code, out, _ = plan(flags)
+    assert code == 0 and f"steps of {tokens:,} tokens" in out
+    words = command_of(out)
+    started = int(words[words.index("--global_batch_tokens") + 1])
+    assert 0.95 * tokens <= started <= tokens
+    assert "--accumulation_steps" not in words
+    assert f"predicted step of {started:,} tokens" in out
+
+
+def test_a_run_of_fewer_steps_than_its_warm_up_is_warned_of(plan):
+    flags = "-c 7b --gpus 8 --gpu h200 -p zero2"
+    assert (
+        "953 steps of 1,048,576 tokens are fewer than the 2,000 of warm-up"
+        in plan(f"{flags} --tokens 1b")[1]
+    )
+    assert "of warm-up" not in plan(f"{flags} --tokens 1t")[1]
+    assert "of warm-up" not in plan(flags)[1]
+
+
+def test_fp32_is_not_ranked_by_speed(plan):
+    """No card of the table has a peak for it, so --peak_tflops would not help."""
+    code, out, _ = plan("-c 1.1b --gpus 2 --gpu h200 -x fp32")
+    assert code == 0
+    assert "not ranked by speed, first: " in out and "best: " not in out
+    assert "times are predicted for 16 bits only" in out and "--peak_tflops" not in out
+    assert "start the first with:\n" in out
+    assert not re.search(r"^ *\d+  gemini", out, re.MULTILINE)
+
+
+def test_a_row_says_whether_it_fits_and_numbers_are_plain(plan):
+    _, out, _ = plan("-c 13b --gpus 8 --gpu a100-80gb")
+    lines = out.splitlines()
+    (header,) = [line for line in lines if "dp x tp x pp" in line]
+    at = header.index("fits")
+    rows = [line for line in lines[lines.index(header) + 1 :] if re.match(r" *\d+  \S", line)]
+    found = {line[at:].split("  ")[0].strip() for line in rows}
+    assert found and all(re.fullmatch(r"yes|tight|lacks [\d,]+ MB", cell) for cell in found)
+    assert not re.search(r"\de[+-]\d", out)
+    pipelines = plan("-c 13b --gpus 8 --gpu_memory 80 -p hybrid_parallel --tp 2 --pp 2 -b 8 -g")[1]
+    assert re.search(r"-b 8/\d+: rows of -b, cut into micro-batches of --microb", pipelines)
+    gemini = plan("-c 13b --gpus 8 --gpu_memory 80 -p gemini")[1]
+    assert "offload: --offload_optim_frac, --offload_param_frac" in gemini
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(1750, "1,750"), (99.0, "99.0"), (12.34, "12.3"), (1, "1.00"), (0.01234, "0.0123"), (0, "0")],
+)
+def test_three_digits_without_an_exponent(number, text):
+    assert plain(number) == text
+
+
+def test_hours_have_two_decimals_and_are_never_nothing():
+    shown = [hours_text(hours) for hours in (0.001, 0.0545, 4.791, 34.12, 1234.2)]
+    assert shown == ["under 0.01", "0.05", "4.79", "34.1", "1,234"]
+
+
+def test_what_the_plan_chose_to_offload_is_not_warned_of(plan):
+    _, out, _ = plan("-c 13b --gpus 1 --gpu h200 -p zero2_cpu --recompute none")
+    assert "zero2_cpu" in out and "add -g" not in out
 
 
 def test_every_plugin_has_a_row(plan):
