@@ -6,7 +6,6 @@ changes nothing but the optimizer kernels. Importing this package imports neithe
 colossalai.
 """
 
-import ctypes
 import importlib
 import importlib.util
 import logging
@@ -83,7 +82,6 @@ def _install() -> list[str]:
         set_accelerator(HostAccelerator())
         _share_memory_among_local_processes()
         names.append("host_accelerator")
-        names += ["freed_memory"] if _keep_freed_memory() else []
     return names
 
 
@@ -93,23 +91,6 @@ def _share_memory_among_local_processes() -> None:
 
     # Set by torchrun and `colossalai run`; a process started alone is the only one.
     global_context.num_processes_on_current_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _keep_freed_memory() -> bool:
-    """Have glibc keep what a step frees for the next one; whether it does.
-
-    It gives larger pieces back to the kernel, which clears them page by page when they are asked
-    for again.
-    """
-    # The user's own settings, or another allocator, stay.
-    if any(name.startswith("MALLOC_") for name in os.environ) or "LD_PRELOAD" in os.environ:
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # not glibc
-        return False
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    return bool(mallopt(m_mmap_threshold, 2**30) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
 def _quiet_warnings() -> None:

@@ -1,9 +1,5 @@
 """The host accelerator does on a CPU what ColossalAI asks of CUDA."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -71,32 +67,3 @@ def test_only_gemini_sees_two_tiers():
     """`tensor.to("cpu:0")` copies, so nobody but Gemini's placement may get that answer."""
     assert get_accelerator().get_current_device() == torch.device("cpu")
     assert GeminiAccelerator().get_current_device() == DEVICE_TIER != torch.device("cpu")
-
-
-FREEING = """
-import psutil, torch
-from llama_lib import host
-names = host.install()
-del_me = torch.ones(2**26)
-held = psutil.Process().memory_info().rss
-del del_me
-freed = held - psutil.Process().memory_info().rss
-print("freed_memory" in names, freed // 2**20)
-"""
-
-
-def freed_mib(**environment: str) -> tuple[str, int]:
-    """Whether freed memory is kept, and MiB that the process gives back of a tensor of 256."""
-    command = [sys.executable, "-c", FREEING]
-    found = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=True
-    )
-    kept, freed = found.stdout.split()
-    return kept, int(freed)
-
-
-def test_freed_memory_stays_with_the_process_unless_the_user_says_otherwise():
-    kept, freed = freed_mib()
-    assert kept == "True" and freed < 20
-    kept, freed = freed_mib(MALLOC_ARENA_MAX="8")
-    assert kept == "False" and freed > 200
