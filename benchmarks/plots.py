@@ -312,6 +312,8 @@ def draw_growth(result: Mapping[str, Any], path: Path) -> None:
             axis.plot(sizes, fitted, "-", color=colour, linewidth=1)
         axis.set_xscale("log")
         axis.set_yscale("log")
+        # Numbers between the powers of ten run into each other on narrow panels.
+        axis.xaxis.set_minor_formatter("")
         axis.set_xlabel(title)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, frameon=False)

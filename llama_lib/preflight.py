@@ -90,9 +90,7 @@ class Run:
             *(f"  {line}" for line in self.data.lines[1:]),
             *self.plan.describe(num_rows),
             *self._describe_repetitions(num_rows),
-            plan_line(
-                planned_job(options, self.config, self.layout.world_size), has_accelerator()
-            ),
+            plan_line(planned_job(options, self.config, self.layout.world_size), has_accelerator()),
         ]
 
     def _describe_tokenizer(self) -> list[str]:
