@@ -74,6 +74,11 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def _command(result: Mapping[str, Any]) -> str:
+    """The command of a result, on lines of its own."""
+    return f"```text\n{result['command']}\n```\n"
+
+
 def _missing(module: str) -> str:
     return f"not measured (`python -m benchmarks.{module}`)\n"
 
@@ -85,7 +90,7 @@ def setting_text(result: Mapping[str, Any] | None) -> str:
     config, hardware, versions = result["config"], result["hardware"], result["versions"]
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines = [
-        f"- `{result['command']}`",
+        _command(result),
         f"- {hardware['cores']} cores of {hardware['cpu']}, {hardware['memory_gib']} GiB, load "
         f"{hardware['load_before']} before the first run; {config['threads']} threads",
         f"- {named}",
@@ -189,7 +194,7 @@ def switches_table(result: Mapping[str, Any] | None) -> str:
         for each in result["summary"]
     ]
     head = ["", "flags", "step, ms", "fastest to slowest", "of the default", "peak memory, MB"]
-    return f"`{result['command']}`\n\n" + markdown([*head, "of the default"], rows)
+    return _command(result) + "\n" + markdown([*head, "of the default"], rows)
 
 
 def growth_table(result: Mapping[str, Any] | None) -> str:
@@ -209,7 +214,7 @@ def growth_table(result: Mapping[str, Any] | None) -> str:
             ]
         )
     head = ["what grows", "who", "exponent", "r squared", "sizes", "step, ms"]
-    text = f"`{result['command']}`\n\n" + markdown(head, rows)
+    text = _command(result) + "\n" + markdown(head, rows)
     if (IMAGES / "growth.png").is_file():
         text += "\n![Step time against model, length and batch](images/growth.png)\n"
     return text
@@ -234,7 +239,7 @@ def device_table(result: Mapping[str, Any] | None) -> str:
     head = ["model", "length", "rows a step", "recompute", "who"]
     text = markdown([*head, "tokens/s", "model TFLOPS", "MFU", "reserved, MB"], rows)
     if result is not None:
-        text = f"{result['hardware']['gpu']}, `{result['command']}`\n\n{text}"
+        text = f"{result['hardware']['gpu']}\n\n{_command(result)}\n{text}"
     return text
 
 
