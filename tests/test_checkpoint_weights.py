@@ -25,7 +25,8 @@ from llama_lib.checkpoint.resize import NewRows  # noqa: E402
 from llama_lib.checkpoint.tensors import TensorReader, open_weights  # noqa: E402
 from llama_lib.checkpoint.weights import load_weights  # noqa: E402
 from llama_lib.data import progress  # noqa: E402
-from llama_lib.engine import Engine, build_model  # noqa: E402
+from llama_lib.engine import Engine  # noqa: E402
+from llama_lib.initial_model import build_model  # noqa: E402
 from tests.distributed.cases import MODEL  # noqa: E402
 from tests.distributed.checks import build, weight_hashes  # noqa: E402
 

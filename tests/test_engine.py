@@ -14,7 +14,8 @@ from transformers import LlamaConfig
 from llama_lib import engine, host
 from llama_lib.config import parse_options
 from llama_lib.criterion import IGNORED
-from llama_lib.engine import Engine, MicroBatch, build_model
+from llama_lib.engine import Engine, MicroBatch
+from llama_lib.initial_model import build_model
 from llama_lib.layout import layout_of
 
 CONFIG = {

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from llama_lib.config import Options
-from llama_lib.engine import DTYPES, build_model, restore_rotary_frequencies
+from llama_lib.engine import DTYPES
+from llama_lib.initial_model import build_model, restore_rotary_frequencies
 from llama_lib.models import model_config
 from llama_lib.optim import BETAS, EPSILON, learning_rate, parameter_groups
 

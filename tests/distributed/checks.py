@@ -18,8 +18,9 @@ from transformers import LlamaForCausalLM, PretrainedConfig
 from llama_lib.checkpoint import store
 from llama_lib.checkpoint.state import gather_optimizer, gather_weights
 from llama_lib.checkpoint.verify import checkpoint_problems
-from llama_lib.engine import Engine, MicroBatch, build_model
+from llama_lib.engine import Engine, MicroBatch
 from llama_lib.errors import RunError
+from llama_lib.initial_model import build_model
 from llama_lib.layout import layout_of
 from llama_lib.optim import learning_rate, set_learning_rate
 from tests.distributed import plain_loop

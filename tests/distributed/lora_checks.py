@@ -20,7 +20,8 @@ from llama_lib.checkpoint import store
 from llama_lib.checkpoint.manifest import Manifest
 from llama_lib.checkpoint.verify import checkpoint_problems
 from llama_lib.checkpoint.weights import load_weights
-from llama_lib.engine import Engine, build_model
+from llama_lib.engine import Engine
+from llama_lib.initial_model import build_model
 from llama_lib.layout import layout_of
 from llama_lib.lora import adapter_parameters
 from tests.distributed import plain_loop
