@@ -12,9 +12,10 @@ import torch
 import pretrain
 from llama_lib import preflight
 from llama_lib.checkpoint.manifest import MANIFEST
-from llama_lib.config import PLUGINS, dump_yaml, parse_options
+from llama_lib.config import dump_yaml, parse_options
 from llama_lib.data.tokenizer import save_tokenizer, train_tokenizer
 from llama_lib.models import MODELS, model_config
+from llama_lib.option_tree import PLUGINS
 from tests.refused import Attempt, Command, attempt_of, command_of, everything_in, missing_from
 
 ROOT = Path(__file__).parents[1]

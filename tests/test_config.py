@@ -10,7 +10,6 @@ import yaml
 
 from llama_lib.config import (
     SCRIPTS,
-    SECTIONS,
     Options,
     dump_yaml,
     help_text,
@@ -18,6 +17,7 @@ from llama_lib.config import (
     parse_options,
 )
 from llama_lib.errors import UserError
+from llama_lib.option_tree import SECTIONS
 from llama_lib.options import declared
 
 ROOT = Path(__file__).parents[1]

@@ -19,10 +19,11 @@ import pytest
 from llama_lib import host
 from llama_lib.__main__ import COMMANDS
 from llama_lib.__main__ import main as llama_lib_main
-from llama_lib.config import DEPRECATED, SCRIPTS, SECTIONS, options_table, parse_options
+from llama_lib.config import DEPRECATED, SCRIPTS, options_table, parse_options
 from llama_lib.errors import UserError
 from llama_lib.layout import accumulation_of, layout_of, layout_problems
 from llama_lib.models import MODELS, model_config
+from llama_lib.option_tree import SECTIONS
 from llama_lib.options import declared
 
 ROOT = Path(__file__).parents[1]

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from llama_lib.config import PLUGINS, Options, parse_options
+from llama_lib.config import Options, parse_options
 from llama_lib.layout import layout_of, layout_problems, plan_batches
 from llama_lib.models import model_config, model_shape
+from llama_lib.option_tree import PLUGINS
 from llama_lib.planner.hardware import known_gpu, machines
 from llama_lib.planner.job import Job, job_of
 from llama_lib.planner.memory import Memory, memory

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from llama_lib.config import ModelOptions, Options, ParallelOptions, TrainingOptions
+from llama_lib.config import Options
 from llama_lib.errors import UserError
 from llama_lib.layout import divisors
+from llama_lib.option_tree import ModelOptions, ParallelOptions, TrainingOptions
 from llama_lib.planner.hardware import Machines, host_gpu, machines, of_host
 from llama_lib.planner.job import Job, job_of
 from llama_lib.planner.memory import Memory, memory

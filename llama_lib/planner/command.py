@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llama_lib.config import PLUGINS, PRECISIONS, Options
+from llama_lib.config import Options
 from llama_lib.errors import UserError
 from llama_lib.flops import peak_tflops
 from llama_lib.models import Shape, model_shape
 from llama_lib.option_readers import POSITIVE, TOKENS, Reader, integer
+from llama_lib.option_tree import PLUGINS, PRECISIONS
 from llama_lib.planner.advice import advice_lines, cheaper
 from llama_lib.planner.command_line import launch_command
 from llama_lib.planner.hardware import (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llama_lib.config import PLUGINS, Options
+from llama_lib.config import Options
 from llama_lib.flops import num_parameters
 from llama_lib.layout import divisors, layout_of
 from llama_lib.models import Shape
@@ -19,6 +19,7 @@ from llama_lib.option_checks import (
     recompute_problems,
     setting_problems,
 )
+from llama_lib.option_tree import PLUGINS
 from llama_lib.planner.hardware import GIB, Machines
 from llama_lib.planner.job import Job, job_of
 from llama_lib.planner.memory import Memory, memory, offloaded_share

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from llama_lib.cli import run_command
-from llama_lib.config import PLUGINS, parse_options
+from llama_lib.config import parse_options
 from llama_lib.layout import layout_problems
 from llama_lib.models import model_shape
+from llama_lib.option_tree import PLUGINS
 from llama_lib.planner import hardware
 from llama_lib.planner.command import main
 from llama_lib.planner.hardware import HostGpu, known_gpu, machines

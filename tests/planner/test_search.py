@@ -5,10 +5,11 @@ from itertools import pairwise
 
 import pytest
 
-from llama_lib.config import PLUGINS, Options, parse_options
+from llama_lib.config import Options, parse_options
 from llama_lib.layout import layout_of, layout_problems, plan_batches
 from llama_lib.models import model_shape
 from llama_lib.option_checks import model_problems, setting_problems
+from llama_lib.option_tree import PLUGINS
 from llama_lib.planner.command_line import flags
 from llama_lib.planner.hardware import GIB, Machines, cpu_host, known_gpu, machines
 from llama_lib.planner.job import job_of

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_lib.config import ModelOptions
 from llama_lib.data.bad_records import BadRecord
 from llama_lib.data.chat.encode import is_table
 from llama_lib.data.chat.labels import label_weights
@@ -29,6 +28,7 @@ from llama_lib.data.chat.training import kinds_of
 from llama_lib.data.entries import parse_entries
 from llama_lib.data.tokenizer import load_tokenizer
 from llama_lib.errors import UserError
+from llama_lib.option_tree import ModelOptions
 
 _OPTIONS = (
     *("chat_template", "loss_role", "other_role_weight", "number", "task_name", "colour"),
