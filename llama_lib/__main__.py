@@ -18,6 +18,8 @@ COMMANDS = {
     "generate": ("llama_lib.inference:generate_main", "continue a prompt, or talk to a chat model"),
     "evaluate": ("llama_lib.inference:evaluate_main", "loss of a checkpoint on held-out text"),
     "plan": ("llama_lib.planner.command:main", "memory and time of a run, before it, without GPUs"),
+    "doctor": ("llama_lib.cluster.doctor:main", "check hosts before a run, and this installation"),
+    "launch": ("llama_lib.cluster.launch:main", "run a script on this host or on many"),
     "compare": ("llama_lib.compare:main", "set results of benchmark.py side by side"),
 }
 

@@ -5,6 +5,7 @@ computation costs nothing.
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
@@ -20,8 +21,8 @@ from llama_lib import coordination
 
 @contextlib.contextmanager
 def waiting_timed(measured: bool) -> Iterator[Callable[[], float]]:
-    """Yields how many seconds this process has waited in collectives since the block began; always
-    0 unless `measured`.
+    """Yields how many seconds the main thread has waited in collectives since the block began;
+    always 0 unless `measured`.
 
     For gloo, whose collectives run on threads of their own: one that Python code asks for ends in a
     call of `Work.wait`, and there the process waits, for the bytes or for another process that
@@ -40,7 +41,8 @@ def waiting_timed(measured: bool) -> Iterator[Callable[[], float]]:
         try:
             return original(work, *args, **kwargs)
         finally:
-            waited += time.perf_counter() - begin
+            if threading.current_thread() is threading.main_thread():
+                waited += time.perf_counter() - begin
 
     dist.Work.wait = wait  # type: ignore[method-assign, assignment]
     try:

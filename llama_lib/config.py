@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama_lib import option_pages, spec_file
+from llama_lib import option_pages, private, spec_file
 from llama_lib.errors import UserError
 from llama_lib.option_tree import (
     SECTIONS,
@@ -23,7 +23,7 @@ from llama_lib.option_tree import (
     TrainingOptions,
     WatchOptions,
 )
-from llama_lib.options import declared, read
+from llama_lib.options import Typed, declared, read
 
 SCRIPTS = {
     "pretrain": "Pre-train a Llama on text, from scratch or from given weights.",
@@ -60,11 +60,14 @@ class Options:
         return "full" if self.model.gradient_checkpoint else self.model.recompute
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain values by section and name; options the script does not have are left out."""
+        """Plain values by section and name, as they may be shown and stored: passwords are masked.
+
+        Options the script does not have are left out.
+        """
         known = declared(SECTIONS, self.script)
         return {
             section: {
-                name: value
+                name: private.masked_values(value)
                 for name, value in asdict(getattr(self, section)).items()
                 if name in known
             }
@@ -86,7 +89,7 @@ def parse_options(script: str, argv: Sequence[str] | None = None) -> Options:
         help_page=lambda: help_text(script),
     )
     values = {name: item.initial for name, item in known.items()} | typed.file | typed.flags
-    problems = typed.problems + _conflicts(typed.flags, values)
+    problems = typed.problems + _masked(typed) + _conflicts(typed.flags, values)
     if problems:
         raise UserError(problems)
     sections = {
@@ -95,6 +98,16 @@ def parse_options(script: str, argv: Sequence[str] | None = None) -> Options:
     }
     given = frozenset(typed.flags)
     return Options(**sections, script=script, typed=given | frozenset(typed.file), flags=given)
+
+
+def _masked(typed: Typed) -> list[str]:
+    """Values of the file that are what was stored in the place of a secret."""
+    return [
+        f"{name}: the file holds {private.MASK} where a password stood, which is never stored; "
+        f"give --{name} again"
+        for name, value in typed.file.items()
+        if name not in typed.flags and private.MASK in str(value)
+    ]
 
 
 def _conflicts(flags: dict[str, Any], values: dict[str, Any]) -> list[str]:

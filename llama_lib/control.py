@@ -27,11 +27,15 @@ ECHO_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Request:
-    """What all ranks agreed to do after the current step."""
+    """What all ranks agreed to do after the current step.
+
+    `failed`: what some rank does beside the training has failed, and the run has to end.
+    """
 
     save: bool = False
     leave: bool = False
     signal_number: int = 0
+    failed: bool = False
 
 
 class Requests:
@@ -47,7 +51,7 @@ class Requests:
     def __init__(self, save_dir: str, saves: bool = True) -> None:
         self._save_dir, self._saves = Path(save_dir), saves
         self._group = dist.new_group(backend="gloo")
-        self._flags = torch.zeros(3, dtype=torch.int32)
+        self._flags = torch.zeros(4, dtype=torch.int32)
         self._work: dist.Work | None = None
         self._signal_number = 0
         self._interrupted: float | None = None  # when the latest Ctrl-C came
@@ -127,8 +131,12 @@ class Requests:
         )
         os._exit(1)
 
-    def ask(self) -> None:
-        """Start the exchange of this step; called by every rank when a step begins."""
+    def ask(self, failed: bool = False) -> None:
+        """Start the exchange of this step; called by every rank when a step begins.
+
+        Args:
+            failed: what this rank does beside the training has failed.
+        """
         leader = dist.get_rank() == 0
         with self._lock:
             self._in_step = True
@@ -136,6 +144,7 @@ class Requests:
         self._flags[0] = self._signal_number
         self._flags[1] = int(leader and (self._save_dir / SAVE_NOW).exists())
         self._flags[2] = int(leader and (self._save_dir / SAVE_AND_EXIT).exists())
+        self._flags[3] = int(failed)
         self._work = dist.all_reduce(
             self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True
         )
@@ -144,7 +153,7 @@ class Requests:
         """What was agreed; files that asked for it are removed."""
         assert self._work is not None
         self._work.wait()
-        number, save_now, save_and_exit = self._flags.tolist()
+        number, save_now, save_and_exit, failed = self._flags.tolist()
         with self._lock:
             self._in_step = False
             self._stop_watching()  # a request that came too late for this exchange: the next step's
@@ -153,7 +162,7 @@ class Requests:
                 if asked:
                     (self._save_dir / name).unlink(missing_ok=True)
         leave = bool(number or save_and_exit)
-        return Request(save=bool(save_now) or leave, leave=leave, signal_number=number)
+        return Request(bool(save_now) or leave, leave, number, bool(failed))
 
     def close(self) -> None:
         """Give the signals back to their former handlers."""

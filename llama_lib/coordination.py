@@ -24,17 +24,27 @@ def _patient_group() -> Any:
     return _group[1]
 
 
-def gather(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank."""
+def new_group() -> Any:
+    """A gloo group of all ranks for another thread than the main one, which must never use it: of
+    one group the calls have to come in the same order on every rank. Collective."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def gather(value: Any, group: Any = None) -> list[Any]:
+    """Every rank's value, in rank order, on every rank.
+
+    Args:
+        group: of `new_group`, in a thread that has one.
+    """
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_patient_group())
+    dist.all_gather_object(values, value, group=group or _patient_group())
     return values
 
 
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's value on every rank."""
+def from_rank_0(value: Any, group: Any = None) -> Any:
+    """Rank 0's value on every rank; `group` as for `gather`."""
     values = [value]
-    dist.broadcast_object_list(values, src=0, group=_patient_group())
+    dist.broadcast_object_list(values, src=0, group=group or _patient_group())
     return values[0]
 
 

@@ -33,6 +33,7 @@ from llama_lib.model_kernels import compile_layers, use_kernels
 from llama_lib.optim import build_optimizer, parameter_names
 from llama_lib.planner.job import loss_is_chunked
 from llama_lib.plugins import Setting, build_plugin, data_parallel_rank, supports_lazy_init
+from llama_lib.progress import made
 from llama_lib.recompute import use_recompute
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -162,7 +163,9 @@ class Engine:
         self.names = [file_name(name) for name in parameter_names(model, optimizer)]
         trained = (pair for pair in model.named_parameters() if pair[1].requires_grad)
         self.trained = {file_name(name): tuple(p.shape) for name, p in trained}
+        made()
         self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
+        made()
         if adapted:
             self.module = self.model.unwrap(unwrap_peft=False).get_base_model()
         else:
@@ -377,6 +380,7 @@ class Engine:
             else:
                 for batch in batches:
                     totals += self._score(batch)
+                    made()
         # Pipeline stages before the last hold zero, tensor-parallel ranks the same.
         dist.all_reduce(totals)
         loss_sum, correct, labels = (totals / self.layout.tp).tolist()

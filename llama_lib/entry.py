@@ -3,6 +3,8 @@
 Invariant: nothing heavy is imported before the options are known to be right.
 """
 
+import os
+
 
 def main(script: str, argv: list[str]) -> int:
     """Run a training script on its command line; returns the exit code."""
@@ -20,16 +22,24 @@ def main(script: str, argv: list[str]) -> int:
 
         settled = settle(options)
 
+    # The store of the processes warns of lost connections with C++ stacks; messages here say more.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
     from llama_lib.launch import rank
     from llama_lib.preflight import preflight
 
-    run = preflight(options)
-    run.notes += settled
     if options.report.check:
+        run = preflight(options)
         if rank() == 0:
-            print("\n".join(run.notes + run.describe()))
+            print("\n".join(run.notes + settled + run.describe()))
         return 0
 
-    from llama_lib.run import train
+    from llama_lib.watchdog import watched
 
-    return train(run)
+    # Before data are prepared: a host that is missing shows now, not in hours.
+    with watched(options.watch.start_timeout) as watchdog:
+        run = preflight(options)
+        run.notes += settled
+        from llama_lib.run import train
+
+        return train(run, watchdog)

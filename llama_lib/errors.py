@@ -16,6 +16,10 @@ class RunError(LlamaLibError):
     """The run failed or a check found a problem (exit code 1)."""
 
 
+class JobError(RunError):
+    """A failure that every process of a run meets alike: one message is enough."""
+
+
 class UserError(LlamaLibError):
     """The user asked for something that cannot be done as asked (exit code 2).
 

@@ -18,6 +18,7 @@ from llama_lib.data.prepared import PreparedDataset, unigram_entropy
 from llama_lib.engine import IGNORED, Engine, MicroBatch
 from llama_lib.layout import BatchPlan
 from llama_lib.metrics import Measure
+from llama_lib.progress import made
 
 # All held-out sources together, weighted by their label tokens.
 TOTAL = "all"
@@ -126,6 +127,7 @@ def _measured(engine: Engine, rows: list[Row], plan: BatchPlan) -> _Sums:
         for first in range(0, len(mine), plan.batch_size)
     ]
     score = engine.score(batches)
+    made()
     weight = sum(map(_label_weight, rows))
     return _Sums(score.loss_sum, weight, score.correct, score.labels)
 

@@ -20,6 +20,7 @@ from llama_lib.errors import RunError, UserError
 MODEL = "model"
 ADAPTER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 GENERATION_CONFIG = "generation_config.json"
 
 TEXT_TOKENS = 100
@@ -109,15 +110,41 @@ def _whole_model(folder: Path | str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
+        # Said, because where nothing is said transformers asks on the terminal, and a y runs it.
         return AutoModelForCausalLM.from_pretrained(
-            folder, torch_dtype="auto", use_safetensors=True
+            folder, torch_dtype="auto", use_safetensors=True, trust_remote_code=False
         )
     except SafetensorError as error:
         raise RunError(
             f"{folder} is damaged ({error}); python -m llama_lib verify names the files."
         ) from None
-    except OSError as error:
-        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError) as error:
+        # ValueError: the model is code that comes with it, or of a kind that transformers lacks.
+        reason = str(error).splitlines()[0]
+        if "trust_remote_code" in reason:
+            reason = "it is code that comes with the model, which is never run"
+        raise UserError(f"{folder} cannot be loaded: {reason}") from None
+
+
+def _check_adapter(folder: Path) -> None:
+    """Raises UserError for adapters that are not LoRA in safetensors.
+
+    peft takes a pickle where there are no safetensors, and other kinds load tokenizers and modules
+    by names that stand in their configuration.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
+        kind, megatron = config.get("peft_type"), config.get("megatron_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from None
+    if kind != "LORA" or megatron:
+        found = f"{kind} with megatron_config" if megatron else str(kind)
+        raise UserError(f"{folder} holds adapters of the kind {found}, expected LORA.")
+    if not (folder / ADAPTER_FILE).is_file():
+        raise UserError(
+            f"{folder} has no {ADAPTER_FILE}: adapters are read from safetensors only (pickled "
+            ".bin files can run code); save them again with peft's save_pretrained."
+        )
 
 
 def _adapted_model(folder: Path) -> Any:
@@ -127,6 +154,7 @@ def _adapted_model(folder: Path) -> Any:
     from transformers import GenerationConfig
 
     base = base_of(folder)
+    _check_adapter(folder)
     path = Path(base).expanduser()
     if not path.is_dir() and (path.is_absolute() or base.startswith(".") or base.count("/") > 1):
         raise UserError(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from llama_lib.progress import made
+
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
@@ -32,6 +34,7 @@ def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
     parameter says it is on the CPU wherever it will be made, hence `device`.
     """
     for name, parameter in model.named_parameters():
+        made()
         if parameter.dim() < 2:
             parameter.data.fill_(1.0)
             continue

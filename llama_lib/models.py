@@ -211,6 +211,8 @@ def model_config(name_or_path: str) -> LlamaConfig | MistralConfig:
 
     from transformers import LlamaConfig, MistralConfig
 
+    # Code beside a model is not run; nor is its name handed on to whoever loads what is saved.
+    content.pop("auto_map", None)
     kinds: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig}
     return kinds[shape.model_type].from_dict(content)
 

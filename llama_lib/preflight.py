@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llama_lib import private
 from llama_lib.checkpoint.manifest import (
     check_load_argument,
     refuse_occupied,
@@ -142,6 +143,7 @@ def preflight(options: Options) -> Run:
         data, tokenizer = open_data(options, config, folder)
         chat = None
     notes += ignored_data_settings(options, data.held_out)
+    notes += _open_folders(options)
     if options.report.check:
         refused = _problems_of(_check_save_dir, options)
         notes += [f"without --check this is refused: {problem}" for problem in refused]
@@ -261,6 +263,15 @@ def _folder_problems(options: Options) -> list[str]:
                 f"{flag} {folder} cannot be written to ({error.strerror}); choose another folder."
             )
     return problems
+
+
+def _open_folders(options: Options) -> list[str]:
+    """A warning for every folder of this run that everyone may write to."""
+    report = options.report
+    folders = {"--save_dir": options.checkpoint.save_dir, "--cache_dir": options.data.cache_dir}
+    if report.tensorboard_dir != options.checkpoint.save_dir:
+        folders["--tensorboard_dir"] = report.tensorboard_dir
+    return private.open_folders(folders)
 
 
 def _set_attention(options: Options, config: Any) -> None:

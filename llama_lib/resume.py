@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from llama_lib import coordination
 from llama_lib.checkpoint import store
-from llama_lib.checkpoint.manifest import MANIFEST, point_best, step_directory
+from llama_lib.checkpoint.manifest import MANIFEST, Manifest, point_best, step_directory
 from llama_lib.checkpoint.store import TrainerState
 from llama_lib.config import Options, script_of
 from llama_lib.errors import UserError
+from llama_lib.layout import BatchPlan, Layout
 from llama_lib.preflight import UNLIMITED_ROWS, Run
 
 # What decides the meaning of a model's weights; other fields of a config may differ on resume.
@@ -90,6 +91,8 @@ def starting_point(run: Run, say: Any) -> tuple[TrainerState, Path | None]:
     _keep_model_path(run, state, checkpoint, say)
     for line in option_differences(state.options, options.to_dict()):
         say(line)
+    if change := _other_batch(checkpoint, state, run.plan):
+        say(change)
     run.plan = continued_plan(run, state)
     _skip_steps(run, state, say)
     _check_best(run, state, say)
@@ -212,6 +215,22 @@ def option_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[s
             if name not in silent and name in before and before[name] != value:
                 lines.append(f"--{name} was {before[name]}, now {value}")
     return lines
+
+
+def _other_batch(checkpoint: Path, state: TrainerState, plan: BatchPlan) -> str | None:
+    """One line if a step takes another number of rows than before: --batch_size is of one GPU."""
+    saved = state.options["training"]
+    before = Layout(**Manifest.read(checkpoint).layout).dp
+    rows = saved["batch_size"] * saved["accumulation_steps"] * before
+    if saved["global_batch_tokens"] is not None:
+        rows = saved["global_batch_tokens"] // plan.max_length
+    if rows == plan.global_batch:
+        return None
+    return (
+        f"the global batch was {rows} rows, now {plan.global_batch} ({before} data-parallel "
+        f"processes then, {plan.dp} now); --global_batch_tokens {rows * plan.max_length} keeps it "
+        "on any number of them"
+    )
 
 
 def _cannot_skip(options: Options, state: TrainerState) -> str | None:

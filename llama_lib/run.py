@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from llama_lib import coordination, host, ledger
+from llama_lib import coordination, host, ledger, private
 from llama_lib.checkpoint import store
 from llama_lib.checkpoint.manifest import (
     set_aside_newer,
@@ -25,33 +25,49 @@ from llama_lib.config import dump_yaml
 from llama_lib.data.loader import BatchLoader
 from llama_lib.data.prepared import PreparedDataset
 from llama_lib.engine import Engine
-from llama_lib.errors import RunError
+from llama_lib.errors import LlamaLibError, RunError
 from llama_lib.evaluate import HeldOut
 from llama_lib.launch import start_process_group
 from llama_lib.memory_check import MemoryCheck, planned_job
 from llama_lib.preflight import Run
 from llama_lib.resume import starting_point
+from llama_lib.roll_call import Crew
+from llama_lib.topology import topology
 from llama_lib.trainer import Trainer
+from llama_lib.watchdog import Watchdog
 
 logger = logging.getLogger("llama_lib")
 
 
-def train(run: Run) -> int:
+def train(run: Run, watchdog: Watchdog) -> int:
     """Train a checked run; returns the exit code of `Trainer.fit`."""
-    device = start_process_group(run.options.training.seed)
-    code = _train(run, device)
+    options = run.options
+    watchdog.ready()
+    joining = watchdog.starting(options.checkpoint.save_dir, options.watch.start_timeout)
+    device = start_process_group(options.training.seed, joining)
+    watchdog.train(options.watch.stall_timeout)
+    _open_log(options.checkpoint.save_dir)
+    try:
+        code = _train(run, device, watchdog.crew)
+    except LlamaLibError as error:
+        logger.error("%s", error)
+        raise
+    except BaseException:
+        logger.exception("this process ends")
+        raise
     # Only here: after an error other ranks may be gone, and leaving the group in order would hang.
     dist.destroy_process_group()
     return code
 
 
-def _train(run: Run, device: torch.device) -> int:
+def _train(run: Run, device: torch.device, crew: Crew) -> int:
     options = run.options
-    _open_log(options.checkpoint.save_dir)
     _check_shared(options.checkpoint.save_dir)
     _check_same_data(run)
     _check_same_prompts(run)
     say = _say if dist.get_rank() == 0 else logger.info
+    for line in topology(crew, device):
+        say(line)
     state, checkpoint = starting_point(run, say)
     if state.step >= run.plan.num_steps:
         say(f"step {state.step} of {run.plan.num_steps} is done already: nothing to train.")
@@ -105,7 +121,7 @@ def _open_log(save_dir: str) -> None:
     folder = Path(save_dir) / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"rank-{dist.get_rank():05d}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(private.LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -168,7 +184,7 @@ def _trainer(run: Run, engine: Engine, state: TrainerState, check: MemoryCheck) 
     book = None
     if options.script != "benchmark":
         book = ledger.LedgerWriter(options.checkpoint.save_dir, part, dist.get_rank() == 0)
-    return Trainer(
+    trainer = Trainer(
         options,
         engine,
         plan,
@@ -181,3 +197,6 @@ def _trainer(run: Run, engine: Engine, state: TrainerState, check: MemoryCheck) 
         run.data.available,
         check,
     )
+    if dist.get_rank() == 0:  # which alone speaks
+        trainer.nonfinite.passages = run.data.passages
+    return trainer

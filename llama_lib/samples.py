@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from llama_lib.errors import UserError
+from llama_lib.progress import made
 
 if TYPE_CHECKING:
     # Reading prompts needs nothing of what training imports.
@@ -164,6 +165,7 @@ def _new_ids(
         choice = choose(logits).to(engine.device)
         dist.broadcast(choice, 0)  # rounding differs between hosts; the text must not
         text.append(int(choice.item()))
+        made()
         if text[-1] in end_token_ids:
             break
     return text[len(ids) :]

@@ -52,7 +52,11 @@ def _options(save_dir: str) -> Options:
         raise UserError(f"{save_dir} holds no specs.yaml: expected the --save_dir of a run.")
     import yaml
 
-    script = script_of(yaml.safe_load(path.read_text(encoding="utf-8")))
+    try:
+        script = script_of(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not the file of options that a run wrote: {reason}.") from None
     options = parse_options(script, ["--spec_file", str(path)])
     if options.script == "finetune" and options.model.model_path is None:
         # The run was continued without naming the model it began with; its own will do.

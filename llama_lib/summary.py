@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama_lib import coordination
+from llama_lib import coordination, private
 from llama_lib.engine import Engine
 from llama_lib.flops import num_parameters
 from llama_lib.layout import BatchPlan
@@ -110,9 +110,11 @@ def summarise(
     rates = rates_of(watch.seconds, plan.tokens_per_step, plan.global_batch, gpus)
     tflops = throughput.tflops_per_gpu(rates.tokens_per_second_per_gpu * gpus)
     return Result(
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=private.masked(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         model=Model(
-            options.model.model_path or options.checkpoint.load or options.model.config,
+            private.masked(
+                options.model.model_path or options.checkpoint.load or options.model.config
+            ),
             num_parameters(engine.config),
         ),
         options=options.to_dict(),
@@ -128,7 +130,7 @@ def summarise(
             len(os.sched_getaffinity(0)),
             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
         ),
-        data=" ".join(options.data.dataset),
+        data=private.masked(" ".join(options.data.dataset)),
         steps=Steps(len(watch.seconds) + watch.num_ignored, watch.num_ignored, watch.seconds),
         tokens_per_step=plan.tokens_per_step,
         rows_per_step=plan.global_batch,

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from llama_lib import coordination, result_file
-from llama_lib.checkpoint import store
 from llama_lib.checkpoint.store import TrainerState
 from llama_lib.closing import trained_on, what_next
 from llama_lib.config import Options
@@ -26,7 +25,7 @@ from llama_lib.errors import RunError
 from llama_lib.evaluate import TOTAL, HeldOut, HeldOutRows, measure
 from llama_lib.garbage import Garbage
 from llama_lib.layout import BatchPlan
-from llama_lib.ledger import LedgerWriter, tokens_by_source
+from llama_lib.ledger import LedgerWriter
 from llama_lib.measurement import Measurement
 from llama_lib.memory_check import STEPS as MEMORY_CHECK_STEPS
 from llama_lib.memory_check import MemoryCheck
@@ -34,9 +33,11 @@ from llama_lib.metrics import Console, MetricsSink, StepRecord
 from llama_lib.nonfinite import NonfiniteSteps
 from llama_lib.optim import learning_rate, set_learning_rate
 from llama_lib.profile import profiled
+from llama_lib.progress import step_done
 from llama_lib.result_file import Loss, Result
 from llama_lib.run_chat import Chat
 from llama_lib.samples import answers, sample_text
+from llama_lib.saving import Saver
 from llama_lib.summary import closing_lines, headline_memory, peak_memory
 
 logger = logging.getLogger("llama_lib")
@@ -74,11 +75,8 @@ class Trainer:
         self.tokenizer, self.state, self.held_out = tokenizer, state, held_out
         self.chat, self.ledger, self.available = chat, ledger, available or {}
         self.memory_check = memory_check
-        self.consumed_before = dict(state.consumed)
-        self.consumed: dict[str, int] = {}  # training tokens of this replica's rows, by source
         self.is_main = dist.get_rank() == 0
         self.nonfinite = NonfiniteSteps(options)
-        self.saved_step = state.step if state.step else None
         self.measured: tuple[int, float] | None = None  # step and held-out loss
         self.first_step = state.step + 1
         self.console = Console(plan.num_steps, state.step, self.is_main)
@@ -90,6 +88,10 @@ class Trainer:
         )
         self.measurement = Measurement(engine, plan)
         self.garbage = Garbage()
+        end_token_ids = chat.end_token_ids if chat else None
+        self.saver = Saver(
+            options, engine, plan, loader.source, tokenizer, state, end_token_ids, self.say
+        )
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -100,7 +102,8 @@ class Trainer:
             Exit code: 0 at the end, 128 + signal after a save on a signal.
 
         Raises:
-            RunError: ten steps in a row were not finite, or the last checkpoint could not be saved.
+            RunError: ten steps in a row were not finite, or a checkpoint could not be saved: the
+                last one, one beside the training, or that of the trial.
         """
         checkpoint = self.options.checkpoint
         requests = Requests(checkpoint.save_dir, saves=checkpoint.save_interval is not None)
@@ -110,7 +113,7 @@ class Trainer:
             with self.garbage.between_steps(), self.measurement.of_steps() as self.watch:
                 with profiled(self.options, self.state.step, self.say) as step_is_done:
                     for rows in batches:
-                        requests.ask()
+                        requests.ask(self.saver.has_failed)
                         self.train_step(rows)
                         self.garbage.step_done()
                         step_is_done()
@@ -129,6 +132,7 @@ class Trainer:
             if self.ledger is not None:
                 self.ledger.close()
             requests.close()
+            self.saver.close()
             self.console.close()
             self.sink.close()
         self._finish(request)
@@ -149,10 +153,11 @@ class Trainer:
         grad_norm = self.engine.step()
         self.watch.step_done(self.loader.data_wait)
         self._advance(rows)
+        step_done(step)
         if step == self.first_step:
             self.first_loss = loss
         self.last_loss = loss
-        if trouble := self.nonfinite.check(step, grad_norm):
+        if trouble := self.nonfinite.check(step, grad_norm, rows.samples, self.loader.source):
             self.say(trouble)
         if self._is_logged(step):
             logger.info("step %d batch %s", step, rows_hash(rows))
@@ -183,7 +188,7 @@ class Trainer:
             self.state.step, self.plan.global_batch
         )
         for source, tokens in rows.tokens.items():
-            self.consumed[source] = self.consumed.get(source, 0) + tokens
+            self.saver.consumed[source] = self.saver.consumed.get(source, 0) + tokens
         if self.is_main and self.ledger is not None:
             place = self.loader.source.state(rows.samples[0])
             if place:
@@ -200,6 +205,9 @@ class Trainer:
         """Evaluate, sample and save where the step or a request asks for it."""
         step, last = self.state.step, self.state.step == self.plan.num_steps
         interval = self.options.checkpoint.save_interval
+        if request.failed:
+            self.saver.fail()
+        self.saver.step_done()
         if self.memory_check is not None and step == self.first_step + MEMORY_CHECK_STEPS - 1:
             with self._paused("other"):
                 self.say(self.memory_check.line(max(coordination.gather(self.memory_check.used()))))
@@ -207,8 +215,11 @@ class Trainer:
             # Whoever asks a run to end may kill it within seconds: nothing comes before the save.
             if interval is not None:
                 with self._paused("save"):
-                    self._save(must_succeed=True)
+                    self.saver.save(self.measured, is_last=True)
             return
+        if step == self.first_step and not last and self.saver.checks:
+            with self._paused("save"):
+                self.saver.check()
         saves = request.save or (interval is not None and (last or step % interval == 0))
         if self._is_measured(step, last, saves):
             with self._paused("other"):
@@ -218,7 +229,7 @@ class Trainer:
                 self._show_samples(step)
         if saves:
             with self._paused("save"):
-                self._save(must_succeed=last)
+                self.saver.save(self.measured, is_last=last)
 
     def _is_sampled(self, step: int, last: bool) -> bool:
         interval = self.options.report.sample_interval
@@ -295,7 +306,7 @@ class Trainer:
                 "are the prepared datasets of all hosts the same?"
             )
 
-    # -- evaluation, checkpoints, the end ----------------------------------------------------------
+    # -- evaluation and the end --------------------------------------------------------------------
 
     def _evaluate(self) -> None:
         assert self.held_out is not None
@@ -320,71 +331,13 @@ class Trainer:
         for prompt, answer in zip(prompts, found, strict=True):
             self.say(f"asked at step {step}: {prompt!r} -> {answer!r}")
 
-    def _best(self) -> dict[str, Any] | None:
-        """The best checkpoint when the present step is saved."""
-        best = self.state.best
-        if self.chat is None or self.measured is None or self.measured[0] != self.state.step:
-            return best
-        loss = self.measured[1]
-        if not math.isfinite(loss) or (best is not None and loss >= best["loss"]):
-            return best
-        return {"step": self.state.step, "loss": loss, "rows": self._measured_rows}
-
-    @property
-    def _measured_rows(self) -> int:
-        """Rows of each source that are measured at most: losses of others are not comparable."""
-        return self.options.report.eval_steps * self.plan.global_batch
-
-    def _save(self, must_succeed: bool) -> None:
-        if self.saved_step == self.state.step:
-            return
-        checkpoint = self.options.checkpoint
-        self.state.scaler = store.scaler_state(self.engine)
-        self.state.loss_scale = self.engine.loss_scale()
-        self.state.epoch = self.loader.source.epoch_of(self.state.position.sample)
-        self.state.stream = self.loader.source.state(self.state.position.sample)
-        self.state.consumed = tokens_by_source(
-            coordination.gather((self.engine.dp_rank, self.consumed)), self.consumed_before
-        )
-        self.state.schedule = self._schedule()
-        self.state.options = self.options.to_dict()
-        best = self.state.best
-        self.state.best = self._best()
-        try:
-            path = store.save(
-                self.engine,
-                self.state,
-                self.tokenizer,
-                checkpoint.save_dir,
-                checkpoint.keep_last,
-                self.chat.end_token_ids if self.chat else None,
-            )
-        except RunError as error:
-            if must_succeed:
-                raise
-            self.state.best = best
-            # A full disk now may have room at the next interval: losing the run helps nobody.
-            self.say(f"warning: {error} Training goes on; the next save is tried as planned.")
-            return
-        self.saved_step = self.state.step
-        self.say(f"saved {path}")
-
-    def _schedule(self) -> dict[str, Any]:
-        return {
-            "kind": "linear warm-up, cosine to 10%",
-            "lr": self.options.training.lr,
-            "warmup_steps": self.plan.warmup_steps,
-            "num_steps": self.plan.num_steps,
-            "last_step": self.state.step,
-        }
-
     def _finish(self, request: Request) -> None:
         if request.leave:
             self.say(f"stopped after step {self.state.step} as asked")
         if not self.is_benchmark:
             is_chat = self.chat is not None
             self._say_all(trained_on(self.state, self.loader.source, self.available))
-            self._say_all(what_next(self.options, self.state, self.saved_step, is_chat))
+            self._say_all(what_next(self.options, self.state, self.saver.saved_step, is_chat))
         first, last = (self.engine.reduce_loss(loss) for loss in (self.first_loss, self.last_loss))
         result = self.measurement.result(Loss(first, last))
         lost = self._write_result(result)

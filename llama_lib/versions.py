@@ -5,7 +5,7 @@ Invariant: versions are read from the packages' metadata; nothing is imported to
 
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -36,18 +36,7 @@ def check_versions(allow_untested: bool) -> list[str]:
 
     With `allow_untested` the untested ones are returned instead, for a line at the start.
     """
-    missing, untested = [], []
-    for name, tested in _PACKAGES.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            missing.append(f"{name} is not installed: {INSTALL}")
-            continue
-        if not tested.accepts(_release(found)):
-            untested.append(f"{name}: got {found}, expected {tested.expected}")
-    python = platform.python_version()
-    if not _PYTHON.accepts(_release(python)):
-        untested.append(f"Python: got {python}, expected {_PYTHON.expected}")
+    missing, untested = judge(_installed(), platform.python_version())
     if platform.system() != "Linux":
         untested.append(f"system: got {platform.system()}, expected Linux")
 
@@ -55,6 +44,30 @@ def check_versions(allow_untested: bool) -> list[str]:
         advice = [f"{INSTALL}; or go on with --allow_untested_versions"] if untested else []
         raise UserError(missing + untested + advice)
     return untested
+
+
+def judge(found: Mapping[str, str | None], python: str) -> tuple[list[str], list[str]]:
+    """What is missing and what is untested among versions found here or on another host."""
+    missing, untested = [], []
+    for name, tested in _PACKAGES.items():
+        release = found.get(name)
+        if release is None:
+            missing.append(f"{name} is not installed: {INSTALL}")
+        elif not tested.accepts(_release(release)):
+            untested.append(f"{name}: got {release}, expected {tested.expected}")
+    if not _PYTHON.accepts(_release(python)):
+        untested.append(f"Python: got {python}, expected {_PYTHON.expected}")
+    return missing, untested
+
+
+def _installed() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _release(text: str) -> tuple[int, ...]:

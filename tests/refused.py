@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from llama_lib.cli import run_command
+from llama_lib.roll_call import alone
 
 
 class Ended(NamedTuple):
@@ -29,7 +30,9 @@ def command_of(
     """`command(*argv, processes=1)`: a script in this process, with the value in `right` for every
     flag that `argv` leaves out; a flag with the value "" is left out altogether."""
     # A mistake that is not found fails its test at once, not after a training run.
-    monkeypatch.setattr("llama_lib.run.train", lambda run: 0)
+    monkeypatch.setattr("llama_lib.run.train", lambda *_: 0)
+    # Of several processes only this one is there.
+    monkeypatch.setattr("llama_lib.watchdog.call_roll", lambda seconds: alone())
 
     def command(*argv: str, processes: int = 1) -> Ended:
         monkeypatch.setenv("WORLD_SIZE", str(processes))

@@ -16,7 +16,7 @@ from llama_lib.errors import RunError, UserError
 
 host.install()
 
-from llama_lib.checkpoint import manifest, store, tensors, verify  # noqa: E402
+from llama_lib.checkpoint import manifest, store, tensors, verify, writing  # noqa: E402
 from llama_lib.checkpoint.manifest import MANIFEST, step_directories  # noqa: E402
 from llama_lib.data.tokenizer import save_tokenizer, train_tokenizer  # noqa: E402
 from llama_lib.engine import Engine  # noqa: E402
@@ -110,9 +110,9 @@ def fail_nth(number: int, real: Callable[..., Any], error: BaseException) -> Cal
 MOMENTS = {
     "first shard": (tensors, "save_file", 1),
     "second shard": (tensors, "save_file", 2),
-    "random state": (store, "save_file", 1),
-    "index": (store, "write_index", 1),
-    "trainer state": (store, "write_json", 2),
+    "random state": (writing, "save_file", 1),
+    "index": (writing, "write_index", 1),
+    "trainer state": (writing, "write_json", 2),
     "manifest": (manifest, "write_json", 1),
     "before the rename": (manifest, "sync_directory", 1),
 }
@@ -199,7 +199,7 @@ def test_a_pointer_that_fails_is_a_warning_not_a_failed_save(
         real(target, name)
 
     monkeypatch.setattr(manifest, "_point", fail)
-    monkeypatch.setattr(store.logger, "propagate", True)
+    monkeypatch.setattr(writing.logger, "propagate", True)
     state = store.TrainerState(1, 0, 0, 0, 42, {}, best={"step": 1, "loss": 1.0})
     with caplog.at_level(logging.WARNING, "llama_lib"):
         path = store.save(engine, state, None, str(tmp_path), None)

@@ -54,6 +54,13 @@ def test_files_ask_once(requests, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_failed_on_one_rank_is_known_to_all(requests):
+    requests.ask(failed=True)
+    assert requests.answer() == control.Request(failed=True)
+    requests.ask()
+    assert requests.answer() == control.Request()
+
+
 def test_a_single_process_takes_its_time(requests, ended):
     requests.ask()
     send(signal.SIGTERM)

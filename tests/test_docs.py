@@ -19,6 +19,8 @@ import pytest
 from llama_lib import host
 from llama_lib.__main__ import COMMANDS
 from llama_lib.__main__ import main as llama_lib_main
+from llama_lib.cluster import launch
+from llama_lib.cluster.hostfile import read_hostfile
 from llama_lib.config import DEPRECATED, SCRIPTS, options_table, parse_options
 from llama_lib.errors import UserError
 from llama_lib.layout import accumulation_of, layout_of, layout_problems
@@ -133,12 +135,16 @@ def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         hosts = HOSTS if given["hostfile"] else len(named)
         user_args = list(given["user_args"])
         check_script(given["user_script"], user_args, hosts * given["nproc_per_node"])
+    elif program == "bash" and rest[0] == "scripts/launch.sh":
+        check_launch(rest[1:])
     elif program == "bash":
         # The scripts themselves are run by tests/test_scripts.py.
         assert list((ROOT / "scripts").rglob(rest[0])), f"no script {rest[0]}"
         check_script("benchmark.py", ["-c", "7b", *rest[1:]], 8)
     elif Path(program).name.startswith("python"):
-        if rest[:2] == ["-m", "llama_lib"]:
+        if rest[:3] == ["-m", "llama_lib", "launch"]:
+            check_launch(rest[3:])
+        elif rest[:2] == ["-m", "llama_lib"]:
             parser_of(monkeypatch, rest[2:], parsing=True)
         elif rest and rest[0].endswith(".py"):
             check_script(rest[0], rest[1:], 1)
@@ -146,6 +152,18 @@ def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
             assert rest[:2] == ["-m", "venv"] or rest[:1] == ["-c"], rest
     else:
         assert program in TOOLS, f"{program}: a command no test knows"
+
+
+def check_launch(argv: list[str]) -> None:
+    """The launcher's own options, the host file where it is ours, and the script's options."""
+    own, command = launch.split(argv)
+    arguments = launch._parser().parse_args(own)
+    hosts = 1
+    if arguments.hostfile is not None:
+        hosts = arguments.num_nodes or HOSTS
+        if arguments.hostfile.startswith("hostfiles/"):
+            assert len(read_hostfile(ROOT / arguments.hostfile)) >= hosts
+    check_script(command[0], command[1:], hosts * (arguments.nproc_per_node or 1))
 
 
 def makefile() -> str:
@@ -171,6 +189,9 @@ def test_command_is_accepted_by_its_parser(command, monkeypatch):
         "make everything",
         "bash missing.sh",
         "bash gemini.sh --batch 2",
+        "bash scripts/launch.sh --hosts a pretrain.py",
+        "python -m llama_lib launch --nproc_per_node 2 pretrain.py --epochs 2",
+        "python -m llama_lib launch --hostfile hostfiles/two_hosts.txt --num_nodes 3 pretrain.py",
         "fdisk -l",
     ],
 )
@@ -182,7 +203,11 @@ def test_a_wrong_command_would_be_found(line, monkeypatch):
 def test_the_readme_shows_every_way_to_start():
     lines = [" ".join(command.words) for command in ALL if command.page == "README.md"]
     starts = ["make pretrain", "make test", "torchrun ", "colossalai run ", "python pretrain.py "]
-    starts += [f"python -m llama_lib {name}" for name in ("prepare", "verify", "generate")]
+    starts += ["sbatch "]
+    starts += [
+        f"python -m llama_lib {name}"
+        for name in ("prepare", "verify", "generate", "doctor", "launch")
+    ]
     assert [s for s in starts if not any(line.startswith(s) for line in lines)] == []
 
 

@@ -1,13 +1,12 @@
-"""The benchmark scripts: what they start, with which options, on which hosts.
+"""The scripts: what they start, with which options, on which hosts.
 
-Each script really runs, with a torchrun and a colossalai on PATH that only record how they were
-called. The launcher for many hosts joins its words for a shell, so `started` splits them like one.
+Each script really runs, with a `python` on PATH that only records how launch was called. The last
+cases have the real one, which refuses what a host file must not have.
 """
 
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -30,19 +29,21 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("scripts/benchmark_*/*.sh"))
 GEMINI = "benchmark_7B/gemini.sh"
 
+# Scripts first ask it whether this project's packages are there.
 RECORDER = """#!{python}
 import json, os, sys
-record = {{"name": os.path.basename(sys.argv[0]), "argv": sys.argv[1:], "cwd": os.getcwd()}}
+if sys.argv[1:3] == ["-P", "-c"]:
+    sys.exit(0)
+record = {{"argv": sys.argv[1:], "cwd": os.getcwd(), "environment": dict(os.environ)}}
 with open({path!r}, "w") as file:
-    json.dump({{**record, "environment": dict(os.environ)}}, file)
+    json.dump(record, file)
 """
 
 
 @dataclass
 class Start:
-    """How a script called its launcher: `launcher` are the words before benchmark.py."""
+    """How a script called launch: `launcher` are the words before benchmark.py."""
 
-    name: str
     launcher: list[str]
     benchmark: str
     arguments: list[str]
@@ -53,7 +54,7 @@ class Start:
 
 @dataclass
 class Runner:
-    """Runs scripts in a copy of their folder, where hosts.txt may be put, with recording launchers.
+    """Runs scripts in a copy of their folder, where hosts.txt may be put, with a recording python.
 
     `folder` is the copied project, `elsewhere` the folder the user is in.
     """
@@ -82,18 +83,13 @@ class Runner:
         done = self.end(script, *arguments, **variables)
         assert done.returncode == 0, done.stderr
         found = json.loads(self.record.read_text())
-        words = found["argv"]
+        assert found["argv"][:4] == ["-P", "-m", "llama_lib", "launch"]
+        words = found["argv"][4:]
         at = next(index for index, word in enumerate(words) if "benchmark.py" in word)
-        passed = words[at:]
-        if found["name"] == "colossalai":
-            assert words[at - 1] == "--", "options of the run must not reach the launcher"
-            assert words[at].endswith(".py"), "the launcher would end with 0 and do nothing"
-            passed = shlex.split(" ".join(passed))
         return Start(
-            found["name"],
             words[:at],
-            passed[0],
-            passed[1:],
+            words[at],
+            words[at + 1 :],
             found["cwd"],
             found["environment"],
             done.stdout + done.stderr,
@@ -120,16 +116,8 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
     shutil.copytree(ROOT / "scripts", made.folder / "scripts")
     for folder in (made.elsewhere, made.commands):
         folder.mkdir()
-    for launcher in ("torchrun", "colossalai"):
-        made.executable(launcher, RECORDER.format(python=sys.executable, path=str(made.record)))
-    # This machine's own GPUs must not decide what the tests see.
-    made.executable("nvidia-smi", "#!/bin/sh\nexit 9\n")
+    made.executable("python", RECORDER.format(python=sys.executable, path=str(made.record)))
     yield made
-
-
-def gpus(runner: Runner, number: int) -> None:
-    lines = "".join(f"echo 'GPU {index}: NVIDIA H200 (UUID: x)'\n" for index in range(number))
-    runner.executable("nvidia-smi", f'#!/bin/sh\n[ "$1" = -L ] || exit 1\n{lines}')
 
 
 def value(words: list[str], flag: str) -> str:
@@ -250,22 +238,28 @@ def test_extra_arguments_arrive_as_they_were_given(runner: Runner, hosts: str):
     file = runner.elsewhere / "hosts"
     file.write_text(hosts)
     start = runner.started(GEMINI, *AWKWARD, HOSTFILE=str(file) if hosts else "")
-    assert start.name == ("colossalai" if hosts else "torchrun")
+    assert ("--hostfile" in start.launcher) == bool(hosts)
     assert start.arguments[-len(AWKWARD) :] == AWKWARD
 
 
-def test_a_shell_reads_the_launchers_line_as_it_was_meant(runner: Runner):
-    """As on the hosts: /bin/sh evaluates nothing of it."""
-    file = runner.elsewhere / "hosts"
-    file.write_text("node1\n")
-    runner.started(GEMINI, *AWKWARD, HOSTFILE=str(file))
-    words = json.loads(runner.record.read_text())["argv"]
-    line = " ".join(words[words.index("--") + 1 :])
-    show = shlex.join([sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))"])
-    done = subprocess.run(
-        ["/bin/sh", "-c", f"{show} {line}"], cwd="/", capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout)[-len(AWKWARD) :] == AWKWARD
+def test_launch_hands_on_all_words_and_the_exit_code(runner: Runner):
+    """scripts/launch.sh itself; a failing python stands for a failing job."""
+    done = runner.end("launch.sh", "--nproc_per_node", "2", "pretrain.py", *AWKWARD)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    found = json.loads(runner.record.read_text())
+    expected = ["-P", "-m", "llama_lib", "launch", "--nproc_per_node", "2", "pretrain.py"]
+    assert found["argv"] == [*expected, *AWKWARD]
+    assert found["cwd"] == str(runner.elsewhere)
+    failing = '#!/bin/sh\n[ "$2" = -c ] || exit 143\n'
+    runner.executable("python", failing)
+    assert runner.end("launch.sh", "pretrain.py").returncode == 143
+
+
+def test_the_code_is_the_projects_wherever_the_user_is(runner: Runner):
+    """A folder for modules that the user has set stays behind it; CDPATH leads nowhere."""
+    start = runner.started(GEMINI, PYTHONPATH="/mine", CDPATH="/tmp")
+    assert start.environment["PYTHONPATH"] == f"{runner.folder}:/mine"
+    assert runner.started(GEMINI).environment["PYTHONPATH"] == str(runner.folder)
 
 
 def test_what_is_given_last_counts(runner: Runner):
@@ -288,11 +282,13 @@ def test_paths_mean_what_they_mean_where_the_user_is(runner: Runner):
 
 
 def test_no_hosts_is_this_host_alone_and_says_so(runner: Runner):
-    gpus(runner, 4)
     start = runner.started(GEMINI)
-    assert start.name == "torchrun"
-    assert "--standalone" in start.launcher
-    assert value(start.launcher, "--nproc_per_node") == "4"
+    assert start.launcher == []
+    assert (
+        "gemini.sh: this host alone, a process for each GPU (NPROC= asks for another" in start.said
+    )
+    start = runner.started(GEMINI, NPROC="4")
+    assert start.launcher == ["--nproc_per_node", "4"]
     assert "gemini.sh: this host alone, 4 process(es)" in start.said
 
 
@@ -302,22 +298,24 @@ def test_hosts_beside_the_script_are_used(runner: Runner):
     beside = runner.folder / "scripts" / "benchmark_7B" / "hosts.txt"
     beside.write_text("node1\n\nnode2\r\n10.0.0.3")
     start = runner.started(GEMINI, NPROC="8")
-    assert start.name == "colossalai"
-    assert start.launcher[0] == "run"
-    assert value(start.launcher, "--hostfile") == str(beside)
-    assert value(start.launcher, "--nproc_per_node") == "8"
-    assert value(start.launcher, "--master_port") == "29500"
-    assert f"3 host(s) of {beside}, 8 process(es) on each" in start.said
+    assert start.launcher == ["--nproc_per_node", "8", "--hostfile", str(beside)]
+    assert f"gemini.sh: the hosts of {beside}, on each 8 process(es)" in start.said
+    assert runner.started(GEMINI).launcher == ["--hostfile", str(beside)]
     # Not of other folders, and not when another file, or none, is asked for.
-    assert runner.started("benchmark_70B/gemini.sh", NPROC="8").name == "torchrun"
-    assert runner.started(GEMINI, NPROC="8", HOSTFILE="").name == "torchrun"
+    for other in (
+        runner.started("benchmark_70B/gemini.sh", NPROC="8"),
+        runner.started(GEMINI, NPROC="8", HOSTFILE=""),
+    ):
+        assert other.launcher == ["--nproc_per_node", "8"]
 
 
-def test_another_host_file_and_port(runner: Runner):
+def test_another_host_file_port_and_variables_to_pass(runner: Runner):
     (runner.elsewhere / "my hosts").write_text("node1\nnode2\n")
-    start = runner.started(GEMINI, HOSTFILE="my hosts", MASTER_PORT="29600", NPROC="1")
+    given = {"HOSTFILE": "my hosts", "MASTER_PORT": "29600", "NPROC": "1", "PASS": "A,B"}
+    start = runner.started(GEMINI, **given)
     assert value(start.launcher, "--hostfile") == str(runner.elsewhere / "my hosts")
     assert value(start.launcher, "--master_port") == "29600"
+    assert value(start.launcher, "--pass") == "A,B"
 
 
 def test_a_missing_host_file_is_refused(runner: Runner):
@@ -327,172 +325,83 @@ def test_a_missing_host_file_is_refused(runner: Runner):
     assert "no such file" in runner.refused(GEMINI, HOSTFILE=str(runner.elsewhere))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("node1 slots=8\n", "line 1: got 'node1 slots=8', expected one host name or address"),
-        ("# mine\nnode1\n", "line 1: got '# mine', expected one host name or address"),
-        ("node1\nnode2\nnode1\n", "line 3 names node1 a second time"),
-        ("\n\n", "names no host; expected a host name or address per line"),
-    ],
-)
-def test_what_the_launcher_would_misread_is_refused(runner: Runner, text: str, message: str):
-    file = runner.elsewhere / "hosts"
-    file.write_text(text)
-    said = runner.refused(GEMINI, HOSTFILE=str(file))
-    assert said.startswith(f"gemini.sh: {file} ")
-    assert message in said
-
-
-def test_how_many_processes(runner: Runner):
-    hosts = runner.elsewhere / "hosts"
-    hosts.write_text("node1\n")
-
-    def processes(**variables: str) -> str:
-        return value(runner.started(GEMINI, **variables).launcher, "--nproc_per_node")
-
-    # No GPU can be seen: the one process that any host can run; on others 8, as in
-    # ColossalAI's example scripts.
-    assert processes() == "1"
-    assert "no GPU can be seen" in runner.started(GEMINI).said
-    assert processes(HOSTFILE=str(hosts)) == "8"
-    assert "no GPU can be seen here: 8" in runner.started(GEMINI, HOSTFILE=str(hosts)).said
-    assert processes(NPROC="3") == "3"
-    gpus(runner, 4)
-    assert processes() == "4"
-    assert processes(HOSTFILE=str(hosts)) == "4"
-    assert processes(CUDA_VISIBLE_DEVICES="2,3") == "2"
-    assert processes(NPROC="2") == "2"
-    for wrong in ("0", "two", "-1", "1.5"):
-        message = runner.refused(GEMINI, NPROC=wrong)
-        assert (
-            message
-            == f"gemini.sh: NPROC: got '{wrong}', expected the number of processes per host\n"
-        )
-
-
-def test_cores_are_shared_out_among_processes(runner: Runner):
-    """torchrun would set 1 thread, which slows an optimizer in host memory down."""
-    cores = len(os.sched_getaffinity(0))
-    for number in (1, 2, 64):
-        threads = runner.started(GEMINI, NPROC=str(number)).environment["OMP_NUM_THREADS"]
-        assert threads == str(max(1, cores // number))
-    assert runner.started(GEMINI, OMP_NUM_THREADS="5").environment["OMP_NUM_THREADS"] == "5"
-
-
-@pytest.fixture
-def hosts(runner: Runner) -> str:
-    file = runner.elsewhere / "hosts"
-    file.write_text("node1\n")
-    return str(file)
-
-
-def test_hosts_are_given_what_a_run_needs_of_the_environment(runner: Runner, hosts: str):
-    """The launcher writes all it has into a line that a shell on each host evaluates."""
-    passed = {"HF_HOME": "/hub", "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0"}
-    kept_back = {"LS_COLORS": "y", "NCCL_NOTE": "`touch /tmp/x`"}
-    start = runner.started(GEMINI, HOSTFILE=hosts, **passed, **kept_back)
-    assert passed.items() <= start.environment.items()
-    assert not kept_back.keys() & start.environment.keys()
-    assert start.environment["PATH"].startswith(str(runner.commands))
-    assert "NCCL_NOTE is not passed on to the hosts" in start.said
-    # On this host alone no shell stands between.
-    assert kept_back.items() <= runner.started(GEMINI, HOSTFILE="", **kept_back).environment.items()
-
-
-def test_settings_of_networks_compilers_and_proxies_reach_the_hosts(runner: Runner, hosts: str):
-    passed = {
-        **{"FI_PROVIDER": "efa", "UCX_TLS": "rc,cuda_copy", "OFI_NCCL_PROTOCOL": "RDMA"},
-        **{"IBV_FORK_SAFE": "1", "NVIDIA_VISIBLE_DEVICES": "all", "TRITON_CACHE_DIR": "/t"},
-        **{"TORCHINDUCTOR_CACHE_DIR": "/i", "MKL_NUM_THREADS": "2", "KMP_AFFINITY": "compact,1,0"},
-        **{"CC": "gcc-12", "CXX": "g++-12", "TMPDIR": "/scratch", "LC_ALL": "C.UTF-8"},
-        **{"http_proxy": "http://proxy:3128", "HTTPS_PROXY": "http://me@proxy:3128/"},
-        **{"no_proxy": "localhost,10.0.0.0/8", "https_proxy": "http://proxy:3128="},
-    }
-    start = runner.started(GEMINI, HOSTFILE=hosts, **passed)
-    assert passed.items() <= start.environment.items()
-    assert "not passed on" not in start.said
-
-
-SECRETS = {
-    "HF_TOKEN": "xyzzy",
-    "NVIDIA_API_KEY": "xyzzy",
-    "CUDA_LICENCE_KEY": "xyzzy",
-    "WANDB_API_KEY": "xyzzy",
-    "HUGGING_FACE_HUB_TOKEN": "xyzzy",
-}
-
-
-def test_no_secret_stands_on_a_command_line_of_a_host(runner: Runner, hosts: str):
-    """One line names them, and what else of known tools was held back; no line shows a value."""
-    others = {"WANDB_MODE": "offline", "EDITOR": "vi", "HF_TOKEN_PATH": "/shared/token"}
-    start = runner.started(GEMINI, HOSTFILE=hosts, **SECRETS, **others)
-    assert not SECRETS.keys() & start.environment.keys()
-    assert start.environment["HF_TOKEN_PATH"] == "/shared/token"
-    assert "xyzzy" not in json.dumps([start.launcher, start.arguments, start.environment])
-    (line,) = [line for line in start.said.splitlines() if "not passed on" in line]
-    said, _, advice = line.partition("; ")
-    names = said.removeprefix("gemini.sh: not passed on to the hosts: ").split()
-    assert sorted(names) == sorted([*SECRETS, "WANDB_MODE"])
-    assert advice == "PASS=NAME,... passes on what is no secret"
-    assert "xyzzy" not in start.said
-    # On this host alone they stand on no command line.
-    assert SECRETS.items() <= runner.started(GEMINI, HOSTFILE="", **SECRETS).environment.items()
-
-
-@pytest.mark.parametrize("name", ["http_proxy", "HTTPS_PROXY", "HF_ENDPOINT"])
-@pytest.mark.parametrize("address", ["http://me:xyzzy@proxy:3128", "me:xyzzy@proxy:3128"])
-def test_an_address_with_a_password_is_left_out(
-    runner: Runner, hosts: str, name: str, address: str
-):
-    start = runner.started(GEMINI, HOSTFILE=hosts, **{name: address})
-    assert name not in start.environment
-    said = f"gemini.sh: {name} is not passed on to the hosts: its value holds a password"
-    assert said in start.said.splitlines()
-    assert "xyzzy" not in start.said
-
-
-def test_pass_names_more_variables(runner: Runner, hosts: str):
-    more = {"WANDB_MODE": "offline", "my_setting": "a b"}
-    start = runner.started(GEMINI, HOSTFILE=hosts, PASS="WANDB_MODE,my_setting", OTHER="x", **more)
-    assert more.items() <= start.environment.items()
-    assert not {"OTHER", "PASS"} & start.environment.keys()
-    assert "not passed on" not in start.said
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ("HF_TOKEN", "PASS: HF_TOKEN would stand on a command line of every host"),
-        ("HF_HOME,WANDB_API_KEY", "PASS: WANDB_API_KEY would stand on a command line"),
-        ("NOWHERE", "PASS: NOWHERE is not set"),
-        ("HF_HOME,,X", "PASS: got '', expected names of variables, separated by commas"),
-        ("a b", "PASS: got 'a b', expected names of variables"),
-        ("x[$(touch y)]", "PASS: got 'x[$(touch y)]', expected names of variables"),
-    ],
-)
-def test_what_pass_cannot_mean_is_refused(runner: Runner, hosts: str, names: str, message: str):
-    given = {"HOSTFILE": hosts, "NPROC": "8", "HF_HOME": "/hub"}
-    said = runner.refused(GEMINI, PASS=names, **given, **SECRETS)
-    assert said.startswith(f"gemini.sh: {message}")
-    assert "xyzzy" not in said
+@pytest.mark.parametrize("wrong", ["0", "two", "-1", "1.5"])
+def test_a_number_of_processes_that_is_none_is_refused(runner: Runner, wrong: str):
+    message = runner.refused(GEMINI, NPROC=wrong)
+    expected = f"gemini.sh: NPROC: got '{wrong}', expected the number of processes per host\n"
+    assert message == expected
 
 
 def test_the_projects_own_packages_unless_others_are_active(runner: Runner):
     own = runner.folder / ".venv" / "bin"
     own.mkdir(parents=True)
-    for launcher in ("torchrun", "colossalai"):
-        shutil.move(runner.commands / launcher, own / launcher)
+    shutil.move(runner.commands / "python", own / "python")
     start = runner.started(GEMINI, VIRTUAL_ENV="")
     assert start.environment["PATH"].startswith(str(own))
-    message = runner.refused(GEMINI, VIRTUAL_ENV="/other")
-    assert "torchrun and colossalai are not both on PATH; run 'make install'" in message
+    runner.executable("python", "#!/bin/sh\nexit 1\n")
+    for active in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        message = runner.refused(GEMINI, **{"VIRTUAL_ENV": "", active: "/other"})
+        assert f"packages are not installed ({runner.commands}/python)" in message
+        assert f"run 'make install' in {runner.folder}, or deactivate" in message
+
+
+# -- with the real launch --------------------------------------------------------------------------
+
+
+def ended(*words: str, folder: Path = ROOT, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """A script of the project itself, with this python's packages."""
+    search = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts" / words[0]), *words[1:]],
+        cwd=folder,
+        env={"PATH": search, "HOME": os.environ["HOME"], "VIRTUAL_ENV": "mine", **variables},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("node1 slots=8\n", "line 1: got 'node1 slots=8', expected one host name or address"),
+        ("# mine\nnode1\n", "line 1: got '# mine', expected one host name or address"),
+        ("node1\nnode2\nnode1\n", "line 3: got 'node1', which line 1 names already"),
+        ("$(touch here)\n", "line 1: got '$(touch here)', expected one host name or address"),
+        ("\n\n", "names no host; write one host name or address per line"),
+    ],
+)
+def test_a_faulty_host_file_is_refused(tmp_path: Path, text: str, message: str):
+    file = tmp_path / "my hosts"
+    file.write_text(text)
+    done = ended(GEMINI, folder=tmp_path, HOSTFILE="my hosts", NPROC="1")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"{file} " in done.stderr and message in done.stderr
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_host_that_nobody_knows_is_named(tmp_path: Path):
+    """Regression: it ended in a traceback of the launcher."""
+    file = tmp_path / "hosts"
+    file.write_text("no-such-host.invalid\n")
+    done = ended(GEMINI, folder=tmp_path, HOSTFILE=str(file), NPROC="1")
+    assert done.returncode in (1, 2), done.stdout + done.stderr
+    assert "no-such-host.invalid" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_variable_that_cannot_be_passed_is_refused(tmp_path: Path):
+    done = ended(GEMINI, folder=tmp_path, NPROC="1", PASS="NOWHERE")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "--pass: NOWHERE is not set here" in done.stderr
 
 
 def test_the_scripts_are_free_of_what_shellcheck_knows():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:/usr/bin")
     assert shellcheck, "not installed: run `make install-dev`"
-    files = [*SCRIPTS, ROOT / "scripts" / "benchmark_common.sh"]
+    files = [*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/**/*.sbatch")]
+    assert len(files) > len(SCRIPTS) + 3
     done = subprocess.run(
         [shellcheck, "-x", *map(str, files)], cwd=ROOT, capture_output=True, text=True
     )

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from llama_lib.checkpoint.parts import Cut
+
 # Elements of a part gathered at once by gather_blocks: 2 MiB in bf16, no measurable cost; chosen.
 BLOCK_ELEMENTS = 1 << 20
 
@@ -26,10 +28,21 @@ def _cut_axis(parameter: Tensor) -> int | None:
     return axis
 
 
-def gather_weight(parameter: Tensor, shape: Sequence[int], io: Any) -> Tensor:
-    """The weight in full `shape`; all ranks of a tensor group call it."""
-    # `detach` of a padded parameter is replaced by ColossalAI, and fails when it is called twice.
-    return _join(parameter.data, _cut_axis(parameter), shape, io)
+def cut_of(parameter: Tensor, shape: Sequence[int], io: Any, is_state: bool) -> Cut:
+    """How a weight, or with `is_state` a master or moment of it, is cut among the ranks.
+
+    Args:
+        shape: of the weight in full; a padded vocabulary has more rows.
+        io: the plugin's checkpoint io, which knows the groups.
+    """
+    return Cut(
+        tuple(shape),
+        tuple(parameter.shape),
+        group=io.global_dp_group,
+        is_shared=is_state and io.use_zero,
+        tp_group=io.tp_group,
+        axis=_cut_axis(parameter),
+    )
 
 
 def gather_blocks(
@@ -37,8 +50,8 @@ def gather_blocks(
 ) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
     """(where in the full tensor, values) of every part of a weight in full `shape`, in blocks.
 
-    All ranks of a tensor group iterate. Unlike gather_weight it never holds a whole tensor, of
-    which a collective keeps several copies.
+    All ranks of a tensor group iterate. Unlike `Cut.whole` it never holds a whole tensor, of which
+    a collective keeps several copies.
     """
     axis, own = _cut_axis(parameter), parameter.data
     if axis is None:
@@ -59,28 +72,6 @@ def gather_blocks(
                 for begin, held, size in zip(begins, values.shape, shape, strict=True)
             )
             yield where, values[tuple(slice(part.stop - part.start) for part in where)]
-
-
-def gather_state(shard: Tensor, parameter: Tensor, shape: Sequence[int], io: Any) -> Tensor:
-    """A master or moment in full `shape`; all ranks of a stage call it.
-
-    Args:
-        shard: what this rank's optimizer holds for `parameter`.
-        io: the plugin's checkpoint io, which knows the groups.
-    """
-    if io.use_zero:
-        shards = [torch.empty_like(shard) for _ in range(io.global_dp_size)]
-        dist.all_gather(shards, shard, group=io.global_dp_group)
-        shard = torch.cat(shards)[: parameter.numel()].reshape(parameter.shape)
-    return _join(shard, _cut_axis(parameter), shape, io)
-
-
-def _join(part: Tensor, axis: int | None, shape: Sequence[int], io: Any) -> Tensor:
-    if axis is not None:
-        parts = [torch.empty_like(part) for _ in range(io.tp_size)]
-        dist.all_gather(parts, part.contiguous(), group=io.tp_group)
-        part = torch.cat(parts, dim=axis)
-    return part[tuple(slice(size) for size in shape)]
 
 
 def cut_weight(full: Tensor, parameter: Tensor, io: Any) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_lib.errors import RunError, UserError
+from llama_lib.progress import made
 
 MANIFEST = "complete.json"
 FORMAT_VERSION = 1
@@ -82,6 +83,7 @@ def step_directories(save_dir: str | Path) -> list[Path]:
 def file_record(path: Path) -> FileRecord:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    made()
     return FileRecord(path.stat().st_size, digest)
 
 

@@ -6,6 +6,7 @@ the masters, and a bf16 run resumed without them is another run.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama_lib.checkpoint import gemini
-from llama_lib.checkpoint.hybrid import cut_state, flat_share, gather_state, gather_weight
+from llama_lib.checkpoint.hybrid import cut_of, cut_state, flat_share
+from llama_lib.checkpoint.parts import (
+    MASTER,
+    MOMENTS,
+    Cut,
+    Entry,
+    Held,
+    Parameter,
+    collect_on,
+    value_of,
+    whole_state,
+)
 from llama_lib.engine import Engine
 from llama_lib.lora import base_parameters, merge
-
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-# Unit of ColossalAI's block size arguments is MiB.
-BLOCK_MEBIBYTES = 1024
+from llama_lib.progress import made
 
 
 def is_writer(engine: Engine) -> bool:
@@ -33,6 +40,14 @@ def is_writer(engine: Engine) -> bool:
 
 
 # -- weights -----------------------------------------------------------------------------------
+
+
+def weight_names(engine: Engine) -> list[str]:
+    """The names of the weights that this rank takes part in gathering, in their order."""
+    if engine.layout.plugin.startswith("gemini"):
+        # It has both names of a head that is the embedding.
+        return [name for name in engine.model.name2param if name in engine.shapes]
+    return [name for name, _ in base_parameters(engine.module)]
 
 
 def gather_weights(engine: Engine, merged: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -47,20 +62,35 @@ def gather_weights(engine: Engine, merged: bool = False) -> Iterator[tuple[str, 
 
 def _full_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     if engine.layout.plugin.startswith("gemini"):
+        _finish_step(engine)
         # Blocks of one tensor: larger ones would be held beside the chunk they come from.
         for block, _ in engine.model.state_dict_shard(max_shard_size=0):
+            made()
             if is_writer(engine):
-                # Under both names if the head is the embedding.
                 yield from ((n, tensor) for n, tensor in block.items() if n in engine.shapes)
     elif engine.layout.plugin == "hybrid_parallel":
-        io = engine.booster.checkpoint_io
+        io, collect = engine.booster.checkpoint_io, collect_on(engine.device)
         for name, parameter in base_parameters(engine.module):
-            full = gather_weight(parameter, engine.shapes[name], io)
-            if is_writer(engine):
+            cut = cut_of(parameter, engine.shapes[name], io, is_state=False)
+            # `detach` of a padded parameter is replaced by ColossalAI, and fails when called twice.
+            full = cut.whole(parameter.data, collect) if cut.is_given else None
+            made()
+            if full is not None and is_writer(engine):  # a norm is whole on all of a tensor group
                 yield name, full
             _keep_step(engine)
     elif is_writer(engine):
         yield from base_parameters(engine.module)
+
+
+def _finish_step(engine: Engine) -> None:
+    """Give gemini's weights in host memory what the last step made of their masters.
+
+    The optimizer leaves that until a weight is used again, so a save would find the weights of one
+    step before; under accumulation nothing else brings them up to date.
+    """
+    for chunk in engine.optimizer.chunk16_set:
+        if not chunk.optim_sync_flag:
+            chunk.payload.copy_(chunk.paired_chunk.payload)
 
 
 def _keep_step(engine: Engine) -> None:
@@ -101,76 +131,50 @@ def _working(engine: Engine, key: Any) -> Tensor:
     return key if working is None else working[id(key)]
 
 
-def _complete_state(engine: Engine) -> None:
-    """Give every parameter a state with the master in it, in one order of keys.
+def held_state(engine: Engine) -> list[Held]:
+    """What this rank holds of the optimizer's state, in the order of a checkpoint's files.
 
-    A run whose steps were all skipped so far has no moments yet: zeros are what they stand for.
+    Called by all ranks. Nothing is copied: the tensors are those of the optimizer.
     """
-    state = engine.optimizer.optim.state
-    for _, key, master in _owned(engine):
-        entry = state[key]
-        moments = {name: entry.get(name, torch.zeros_like(master)) for name in MOMENTS}
-        state[key] = {"step": entry.get("step", 0), **moments, MASTER: master}
-
-
-def _forget_masters(engine: Engine) -> None:
-    for entry in engine.optimizer.optim.state.values():
-        entry.pop(MASTER, None)
-
-
-Entry = tuple[int, int, dict[str, Tensor]]  # parameter id, Adam steps, tensors by key
-
-
-def _gemini_entries(engine: Engine) -> Iterator[Entry]:
     optimizer = engine.optimizer
-    steps = gemini.adam_steps(optimizer, engine.device)
-    for parameters in gemini.gather_chunks(optimizer, (MASTER, *MOMENTS)):
-        for parameter_id, tensors in parameters:
-            yield parameter_id, steps, tensors
-        _keep_step(engine)
+    if engine.layout.plugin.startswith("gemini"):
+        steps = gemini.adam_steps(optimizer, engine.device)
+        return list(gemini.held_chunks(optimizer, steps, engine.names, engine.trained))
+    held = []
+    for parameter_id, key, master in _owned(engine):
+        name, entry = engine.names[parameter_id], optimizer.optim.state[key]
+        parameter = Parameter(name, int(entry.get("step", 0)), engine.trained[name])
+        pieces = partial(_only_piece, entry, master)
+        held.append(Held(_cut(engine, key, name), master.numel(), [parameter], pieces))
+    return held
 
 
-def _zero_entries(engine: Engine) -> Iterator[Entry]:
-    blocks = engine.optimizer.state_dict_shard(max_shard_size=BLOCK_MEBIBYTES, only_on_master=True)
-    for block, _ in blocks:
-        for parameter_id, entry in block.items():
-            if is_writer(engine):
-                yield parameter_id, int(entry["step"]), {k: entry[k] for k in (MASTER, *MOMENTS)}
-        _keep_step(engine)
+def _only_piece(entry: dict[str, Any], master: Tensor, key: str) -> list[tuple[int, Tensor]]:
+    return [(0, value_of(entry, key, master))]
 
 
-def _hybrid_entries(engine: Engine) -> Iterator[Entry]:
-    io = engine.booster.checkpoint_io
-    for parameter_id, key, _ in _owned(engine):
-        entry, parameter = engine.optimizer.optim.state[key], _working(engine, key)
-        shape = engine.trained[engine.names[parameter_id]]
-        full = {
-            name: gather_state(entry[name], parameter, shape, io) for name in (MASTER, *MOMENTS)
-        }
-        if is_writer(engine):
-            yield parameter_id, int(entry["step"]), full
-        _keep_step(engine)
+def _cut(engine: Engine, key: Any, name: str) -> Cut:
+    """How a master is cut among the ranks, outside gemini."""
+    shape, optimizer = engine.trained[name], engine.optimizer
+    if engine.layout.plugin == "hybrid_parallel":
+        io = engine.booster.checkpoint_io
+        return cut_of(_working(engine, key), shape, io, is_state=True)
+    group = optimizer.param_to_pg[optimizer.master_to_working_param[id(key)]]
+    return Cut(shape, shape, group, is_shared=True)
 
 
-def gather_optimizer(engine: Engine) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+def gather_optimizer(engine: Engine) -> Iterator[Entry]:
     """(name, Adam steps done, {master, exp_avg, exp_avg_sq} in full shape and fp32) on the writers.
 
     All ranks must iterate to the end.
     """
-    if engine.layout.plugin.startswith("gemini"):
-        entries = _gemini_entries(engine)
-    elif engine.layout.plugin == "hybrid_parallel":
-        entries = _hybrid_entries(engine)
-    else:
-        entries = _zero_entries(engine)
-    _complete_state(engine)
-    try:
-        for parameter_id, steps, tensors in entries:
-            name = engine.names[parameter_id]
-            shape = engine.trained[name]
-            yield name, steps, {key: t.float().reshape(shape) for key, t in tensors.items()}
-    finally:
-        _forget_masters(engine)
+    return whole_state(
+        held_state(engine),
+        part=lambda held, key: held.part(key, engine.device),
+        collect=collect_on(engine.device),
+        is_writer=is_writer(engine),
+        pause=lambda: _keep_step(engine),
+    )
 
 
 def scatter_optimizer(engine: Engine, read: Any) -> None:
@@ -186,6 +190,7 @@ def scatter_optimizer(engine: Engine, read: Any) -> None:
         engine.optimizer.optim.state[key] = {"step": step} | {
             name: shards[name].reshape(master.shape).to(master.device).clone() for name in MOMENTS
         }
+        made()
 
 
 def _shard(

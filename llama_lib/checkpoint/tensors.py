@@ -16,6 +16,8 @@ from torch import Tensor
 
 from llama_lib.checkpoint.manifest import FileRecord, file_record, sync_file, write_json
 from llama_lib.errors import UserError
+from llama_lib.private import allow_readers
+from llama_lib.progress import made
 
 # Readers map whole files; a GiB is large enough for bandwidth and small enough for host memory.
 SHARD_BYTES = 2**30
@@ -62,6 +64,7 @@ class ShardWriter:
             self.flush()
         self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
+        made()
 
     def flush(self) -> None:
         """Write, sync and hash what has been collected."""
@@ -74,6 +77,7 @@ class ShardWriter:
         try:
             # transformers refuses safetensors files without this mark.
             save_file(pending, path, metadata={"format": "pt"})
+            allow_readers(path)
             sync_file(path)
             self.files[f"{self.folder}/{name}"] = file_record(path)
             self.weight_map |= dict.fromkeys(pending, name)

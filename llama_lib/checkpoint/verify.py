@@ -24,23 +24,28 @@ def checkpoint_problems(directory: Path) -> list[str]:
     problems = size_problems(directory, manifest)
     if not problems:
         problems = hash_problems(directory, manifest, manifest.files)
-    return problems or _tensor_problems(directory)
+    return problems or tensor_problems(directory)
 
 
-def _tensor_problems(directory: Path) -> list[str]:
+def tensor_problems(directory: Path) -> list[str]:
+    """Tensors that are missing, unknown or of another shape than the model's."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from llama_lib.checkpoint.adapters import ADAPTER_WEIGHTS
-    from llama_lib.checkpoint.state import MASTER, MOMENTS
-    from llama_lib.checkpoint.store import OPTIMIZER_INDEX
+    from llama_lib.checkpoint.parts import STATE
     from llama_lib.checkpoint.tensors import TensorReader, shape_problems
+    from llama_lib.checkpoint.writing import OPTIMIZER_INDEX
     from llama_lib.inference import ADAPTER, MODEL
+    from llama_lib.models import model_config
 
     problems, trained = [], {}
     adapted = (directory / ADAPTER).is_dir()
     if (directory / MODEL).is_dir() or not adapted:
-        config = AutoConfig.from_pretrained(directory / MODEL)
+        try:
+            config = model_config(str(directory / MODEL))
+        except UserError as error:
+            return error.problems
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         trained = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -49,9 +54,7 @@ def _tensor_problems(directory: Path) -> list[str]:
         # Their shapes follow from a model that need not be here: the optimizer's must agree.
         adapters = TensorReader(directory / ADAPTER, single=f"{ADAPTER_WEIGHTS}.safetensors")
         trained = {name: adapters.shape(name) for name in adapters.weight_map}
-    moments = {
-        f"{name}/{key}": shape for name, shape in trained.items() for key in (MASTER, *MOMENTS)
-    }
+    moments = {f"{name}/{key}": shape for name, shape in trained.items() for key in STATE}
     problems += shape_problems(TensorReader(directory / "optimizer", OPTIMIZER_INDEX), moments)
     return problems
 

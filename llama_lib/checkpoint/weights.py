@@ -28,6 +28,7 @@ from llama_lib.data.progress import Progress
 from llama_lib.engine import Engine
 from llama_lib.errors import RunError, UserError
 from llama_lib.lora import base_parameters
+from llama_lib.progress import made
 
 # A part of this rank's shards, and how what belongs there is cut out of the full tensor.
 Place = tuple[Tensor, Callable[[Tensor], Tensor]]
@@ -98,6 +99,7 @@ def _fill(engine: Engine, source: _Source, shown_as: str | None) -> None:
         full = source.tensor(name)
         for destination, cut in parts:
             destination.copy_(cut(full).reshape(destination.shape))
+        made()
         done += source.size(name)
         if bar is not None:
             bar.show(0, done)
@@ -207,6 +209,7 @@ def _check(engine: Engine, source: _Source, where: str) -> None:
     for name, parts in _arrived(engine):
         names.append(name)
         stored, compared = source.tensor(name), 0
+        made()
         for place, values in parts:
             compared += values.numel()
             if not _is_finite(values):

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from llama_lib.data.readers import FORMATS, file_format
 from llama_lib.errors import UserError
+from llama_lib.progress import transferring
 
 _REACHABLE_SECONDS = 10.0
 PARQUET_BRANCH = "refs/convert/parquet"
@@ -302,7 +303,8 @@ def _download(name: str, file: str, revision: str, local_only: bool = False) -> 
             name, file, repo_type="dataset", revision=revision, local_files_only=local_only
         )
 
-    return Path(_guarded(call, name, file))
+    with transferring():
+        return Path(_guarded(call, name, file))
 
 
 def _known_to_be_missing(name: str, file: str) -> bool:

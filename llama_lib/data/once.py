@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_lib.errors import LlamaLibError, RunError, UserError
+from llama_lib.private import masked
 
 _POLL_SECONDS = 0.2
 _LINE_SECONDS = 10.0
@@ -103,12 +104,12 @@ def failure_reported(turn: Turn) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        turn.report(failed=error.problems)
+        turn.report(failed=list(map(masked, error.problems)))
         raise
     except LlamaLibError as error:
         # On a full disk there may be no room for this either; then the next one tries again.
         with contextlib.suppress(OSError):
-            turn.report(broken=str(error))
+            turn.report(broken=masked(str(error)))
         raise
 
 

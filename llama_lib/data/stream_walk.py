@@ -17,6 +17,7 @@ from llama_lib.data.chunks import Corpus, Place, Task
 from llama_lib.data.windows import Group, Tokens, joined, shuffled
 from llama_lib.data.workers import WorkerPool
 from llama_lib.errors import LlamaLibError, RunError, UserError
+from llama_lib.progress import made
 
 _POLL_SECONDS = 0.2
 _FIELDS = ("sample", "epoch", "unit", "chunk", "window", "token")
@@ -184,6 +185,7 @@ class Walker:
 
     def _note(self, chunk: Chunk) -> None:
         self.num_chunks += 1
+        made()
         # The second epoch meets the same records again, under other places.
         key = (chunk.task.file, chunk.task.part.start, chunk.first_record)
         if chunk.bad:

@@ -54,7 +54,8 @@ def fast_tokenizer(
         name_or_path = str(sample_tokenizer(cache_dir))
     name_or_path = os.path.expanduser(name_or_path)
     try:
-        tokenizer = _class_of(name_or_path).from_pretrained(name_or_path)
+        # Said, because where nothing is said transformers asks on the terminal, and a y runs it.
+        tokenizer = _class_of(name_or_path).from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:
         # A damaged tokenizer.json is a plain Exception of the tokenizers library.
         raise UserError(
@@ -66,12 +67,16 @@ def fast_tokenizer(
             f"the tokenizer of {name_or_path!r} has no fast form (tokenizer.json), which preparing "
             f"data needs. Choose another with {flag}."
         )
+    # Its name for the code beside it is not handed on to whoever loads what is saved.
+    tokenizer.init_kwargs.pop("auto_map", None)
     return tokenizer
 
 
 def _reason(error: Exception) -> str:
     """The first line, shortened: transformers lists every kind of model that there is."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    if "trust_remote_code" in line:
+        return "it is code that comes with the model, which is never run."
     return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 3] + "..."
 
 

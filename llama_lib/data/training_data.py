@@ -8,9 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama_lib.data.loader import RowSource
+
+if TYPE_CHECKING:
+    from llama_lib.config import Options
+
+
+class Document(NamedTuple):
+    """A document as a passage names it."""
+
+    source: str
+    file: str
+    number: int
+
+    def name(self, options: Options) -> str:
+        """In the words by which a user finds it."""
+        if options.script == "finetune":
+            return f"record {self.number} of {self.file}"
+        if options.data.streaming:
+            return f"record {self.number} of {self.file} ({self.source})"
+        return f"document {self.number} of {self.source} ({self.file})"
 
 
 class Passage(NamedTuple):
@@ -27,6 +46,10 @@ class Passage(NamedTuple):
     number: int
     start: int
     length: int
+
+    @property
+    def document(self) -> Document:
+        return Document(self.source, self.file, self.number)
 
 
 @dataclass

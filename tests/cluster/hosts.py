@@ -1,27 +1,32 @@
-"""Two hosts on this machine: Linux namespaces joined by a virtual cable, an ssh server in each.
+"""Hosts on this machine: Linux namespaces cabled to one switch, an ssh server in each.
 
 Invariant: nothing outside the given folder is written and nothing outlives `close`. A host's
 processes, mounts, network and name live in namespaces that the kernel takes down with their first
-process, and that one dies with this process, however it ends.
+process, and that one dies with this process, however it ends. All hosts share the machine's file
+system, apart from what is mounted for one of them.
 """
 
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.cluster.launchers import ROOT, SEARCH_PATH, Outcome, environment, finish
 
+# Of the usual two; a cluster of any size has `names` and `addresses`.
 NAMES = ("node1", "node2")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 START_SECONDS = 30
 
-# The cable is plugged in from outside once both hosts exist. A fresh /run gives sshd the folder it
-# insists on without touching the machine's.
+# The kernel means the thread that starts it: make and revive hosts from one that stays.
+UNTIL_THIS_ENDS = ("setpriv", "--pdeathsig", "KILL")
+
+# The cable is plugged in from outside once the host exists. A fresh /run gives sshd the folder it
+# insists on without touching the machine's. After the words for sshd come pairs to mount.
 HOST_SCRIPT = """
 set -e
 mount -t tmpfs tmpfs /run
@@ -32,7 +37,16 @@ ip link set lo up
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.1; done
 ip address add "$3/24" dev eth0
 ip link set eth0 up
-exec "$4" -D -e -f "$5"
+sshd="$4" config="$5"
+shift 5
+while [ $# -gt 0 ]; do
+    case "$1" in
+        tmpfs:*) mount -t tmpfs -o "size=${1#tmpfs:}" tmpfs "$2" ;;
+        *) mount --bind "$1" "$2" ;;
+    esac
+    shift 2
+done
+exec "$sshd" -D -e -f "$config"
 """
 
 SSHD_CONFIG = """
@@ -45,14 +59,13 @@ UsePAM no
 PermitRootLogin prohibit-password
 PasswordAuthentication no
 KbdInteractiveAuthentication no
-SetEnv HOME={folder}/home
 """
 
 
 def missing() -> str | None:
     """Why the test hosts cannot be made on this machine; None if they can."""
     if os.geteuid() != 0:
-        return "the two test hosts are network namespaces, which need root"
+        return "the test hosts are network namespaces, which need root"
     tools = ("ip", "sshd", "ssh-keygen", "unshare", "nsenter", "setpriv")
     absent = [tool for tool in tools if shutil.which(tool, path=SEARCH_PATH) is None]
     if absent:
@@ -82,30 +95,44 @@ class Host:
 
 
 class Cluster:
-    """Both hosts, their keys and the user's home folder; a context manager.
+    """The hosts, the switch between them, their keys and the user's home; a context manager.
 
     Args:
         folder: where keys, logs and the home folder go.
         loopback_names: each host's own name means 127.0.1.1 there, as Debian's installer sets it.
+        size: number of hosts, called node1, node2 and so on.
+        mounts: pairs (source, target) per host. The source is a file or folder that the host sees
+            in the target's place, or `tmpfs:SIZE` for an empty file system of that size.
+        sshd_lines: lines of a host's sshd_config that go before those of all hosts.
     """
 
-    def __init__(self, folder: Path, loopback_names: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        loopback_names: bool = False,
+        size: int = len(NAMES),
+        mounts: Mapping[int, Sequence[tuple[str | Path, str | Path]]] | None = None,
+        sshd_lines: Mapping[int, Sequence[str]] | None = None,
+    ) -> None:
         self.folder = folder
+        self.names = tuple(f"node{number}" for number in range(1, size + 1))
+        self.addresses = tuple(f"10.77.0.{number}" for number in range(1, size + 1))
         self.hosts: list[Host] = []
-        self._servers: list[subprocess.Popen[bytes]] = []
+        self._servers: dict[int, subprocess.Popen[bytes]] = {}
+        self._switch: subprocess.Popen[bytes] | None = None
         self._loopback_names = loopback_names
+        self._mounts = mounts or {}
+        self._sshd_lines = sshd_lines or {}
 
     def __enter__(self) -> "Cluster":
         try:
             self._make_keys()
-            for index in range(len(NAMES)):
-                self._start_host(index)
-            first, second = (str(host.first) for host in self.hosts)
-            cable = f"ip link add eth0 netns {first} type veth peer name eth0 netns {second}"
-            subprocess.run(cable.split(), check=True, env={"PATH": SEARCH_PATH})
-            for name in NAMES:
-                log = self.folder / f"{name}.log"
-                wait_for(lambda log=log: "Server listening" in log.read_text(), log)
+            self._start_switch()
+            for index in range(len(self.names)):
+                self.hosts.append(self._start_host(index))
+                self._plug_in(index)
+            for index in range(len(self.names)):
+                self._wait_for_sshd(index)
         except BaseException:
             self.close()
             raise
@@ -115,12 +142,22 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """End every process of both hosts and wait until they are gone."""
-        for server in self._servers:
+        """End every process of all hosts and wait until they are gone."""
+        for server in self._servers.values():
             server.kill()
+        for server in self._servers.values():
             server.wait()
         for host in self.hosts:
             wait_for(lambda host=host: not Path(f"/proc/{host.first}").exists())
+        if self._switch is not None:
+            self._switch.kill()
+            self._switch.wait()
+
+    def hostfile(self) -> Path:
+        """A host file that names all hosts."""
+        path = self.folder / "all_hosts.txt"
+        path.write_text("\n".join(self.names) + "\n")
+        return path
 
     def run(self, command: list[str], host: int = 0, **variables: str) -> Outcome:
         """Run `command` on one host to its end."""
@@ -128,12 +165,37 @@ class Cluster:
 
     def run_on_each(self, commands: dict[int, list[str]], **variables: str) -> list[Outcome]:
         """Run one command per host at the same time, all to their end."""
+        started = [(self.start(words, host, **variables), host) for host, words in commands.items()]
+        return [finish(process, self.output(host)) for process, host in started]
+
+    def start(self, command: list[str], host: int = 0, **variables: str) -> subprocess.Popen[bytes]:
+        """Start `command` on one host as its user would; what it prints goes to `output(host)`."""
         known = environment(HOME=str(self.folder / "home"), **variables)
-        started = []
-        for host, command in commands.items():
-            output = self.folder / f"{NAMES[host]}.out"
-            started.append((self.hosts[host].start(command, output, **known), output))
-        return [finish(process, output) for process, output in started]
+        return self.hosts[host].start(command, self.output(host), **known)
+
+    def output(self, host: int) -> Path:
+        return self.folder / f"{self.names[host]}.out"
+
+    def cut(self, host: int) -> None:
+        """Take the host off the network: packets either way are lost without an answer."""
+        self._in_switch(f"ip link set to{host} down")
+
+    def mend(self, host: int) -> None:
+        self._in_switch(f"ip link set to{host} up")
+
+    def kill(self, host: int) -> None:
+        """End the host as a power cut does: its peers hear nothing, not even a connection's end."""
+        self._in_switch(f"ip link delete to{host}")
+        self._servers[host].kill()
+        self._servers[host].wait()
+        first = Path(f"/proc/{self.hosts[host].first}")
+        wait_for(lambda: not first.exists())
+
+    def revive(self, host: int) -> None:
+        """Start a killed host again, with the same name, address, mounts and keys."""
+        self.hosts[host] = self._start_host(host)
+        self._plug_in(host)
+        self._wait_for_sshd(host)
 
     def _make_keys(self) -> None:
         keys = self.folder / "home" / ".ssh"
@@ -142,19 +204,57 @@ class Cluster:
             command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)]
             subprocess.run(command, check=True)
         shutil.copy(keys / "id_ed25519.pub", self.folder / "authorized_keys")
-        (self.folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=self.folder))
 
-    def _start_host(self, index: int) -> None:
-        name = NAMES[index]
-        addresses = dict(zip(NAMES, ADDRESSES, strict=True))
+    def _start_switch(self) -> None:
+        script = "ip link add name switch type bridge && ip link set switch up && exec sleep inf"
+        self._switch = subprocess.Popen(
+            [*UNTIL_THIS_ENDS, "unshare", "--net", "sh", "-c", script],
+            env={"PATH": SEARCH_PATH},
+            stdin=subprocess.DEVNULL,
+        )
+        command = Path(f"/proc/{self._switch.pid}/cmdline")
+        wait_for(lambda: command.read_bytes().startswith(b"sleep"))
+
+    def _in_switch(self, command: str) -> None:
+        assert self._switch is not None
+        enter = ["nsenter", "--target", str(self._switch.pid), "--net"]
+        subprocess.run([*enter, *command.split()], check=True, env={"PATH": SEARCH_PATH})
+
+    def _plug_in(self, index: int) -> None:
+        # A revived host keeps its hardware address, or the others would go on writing to the old.
+        self._in_switch(
+            f"ip link add name to{index} type veth peer name eth0 "
+            f"address 02:00:00:00:00:{index + 1:02x} netns {self.hosts[index].first}"
+        )
+        self._in_switch(f"ip link set to{index} master switch up")
+
+    def _wait_for_sshd(self, index: int) -> None:
+        log = self.folder / f"{self.names[index]}.log"
+        wait_for(lambda: "Server listening" in log.read_text(), log)
+
+    def _sshd_config(self, index: int) -> str:
+        """A host's own lines come first: of several with one keyword sshd obeys the first alone."""
+        lines = self._sshd_lines.get(index, ())
+        variables = [f"HOME={self.folder}/home"]
+        variables += [line.removeprefix("SetEnv ") for line in lines if line.startswith("SetEnv ")]
+        others = [line for line in lines if not line.startswith("SetEnv ")]
+        common = SSHD_CONFIG.format(folder=self.folder)
+        return "\n".join([*others, f"SetEnv {' '.join(variables)}", common]) + "\n"
+
+    def _start_host(self, index: int) -> Host:
+        name = self.names[index]
+        addresses = dict(zip(self.names, self.addresses, strict=True))
         if self._loopback_names:
             addresses[name] = "127.0.1.1"
         known = "".join(f"{address} {host}\n" for host, address in addresses.items())
         hosts_file = self.folder / f"{name}.hosts"
         hosts_file.write_text(f"127.0.0.1 localhost\n{known}")
+        config = self.folder / f"{name}.sshd_config"
+        config.write_text(self._sshd_config(index))
         log = self.folder / f"{name}.log"
         sshd = str(shutil.which("sshd", path=SEARCH_PATH))
-        values = [name, str(hosts_file), ADDRESSES[index], sshd, str(self.folder / "sshd_config")]
+        values = [name, str(hosts_file), self.addresses[index], sshd, str(config)]
+        mounts = [str(path) for pair in self._mounts.get(index, ()) for path in pair]
         namespaces = [
             "--net",
             "--mount",
@@ -167,16 +267,16 @@ class Cluster:
         script = ["sh", "-c", HOST_SCRIPT, "host"]
         with log.open("wb") as file:
             server = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "unshare", *namespaces, *script, *values],
+                [*UNTIL_THIS_ENDS, "unshare", *namespaces, *script, *values, *mounts],
                 env={"PATH": SEARCH_PATH},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
-        self._servers.append(server)
+        self._servers[index] = server
         children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
         wait_for(lambda: bool(children.read_text().split()), log)
-        self.hosts.append(Host(name, ADDRESSES[index], int(children.read_text())))
+        return Host(name, self.addresses[index], int(children.read_text()))
 
 
 def wait_for(condition: Callable[[], bool], log: Path | None = None) -> None:

@@ -129,6 +129,31 @@ def test_nothing_outlives_the_hosts(tmp_path):
     assert not [pid for pid in first if Path(f"/proc/{pid}").exists()]
 
 
+def test_four_hosts_that_are_cut_off_and_killed(tmp_path):
+    """What tests of lost hosts rest on."""
+
+    def reached(cluster: Cluster) -> str:
+        """Hosts whose ssh port answers the first one."""
+        connect = "echo | timeout 1 bash -c 'exec 3<>/dev/tcp/{0}/22' && echo {0}"
+        script = "; ".join(connect.format(name) for name in cluster.names[1:])
+        said = cluster.run(["bash", "-c", f"({script}) 2>/dev/null; true"]).said
+        return " ".join(said.split())
+
+    mounts = {2: [(tmp_path, "/mnt"), ("tmpfs:64k", "/opt")]}
+    with Cluster(tmp_path, size=4, mounts=mounts) as cluster:
+        assert reached(cluster) == "node2 node3 node4"
+        cluster.cut(1)
+        assert reached(cluster) == "node3 node4"
+        cluster.mend(1)
+        cluster.kill(2)
+        assert reached(cluster) == "node2 node4"
+        cluster.revive(2)
+        assert reached(cluster) == "node2 node3 node4"
+        look = ["sh", "-c", "test -d /mnt/home && df --output=size -k /opt | tail -n 1"]
+        assert cluster.run(look, 2).said.strip() == "64"
+        assert cluster.run(["ls", "/mnt/home"], 1).code != 0
+
+
 def test_hosts_die_with_a_killed_test_run(tmp_path):
     script = (
         "import sys, time, pathlib\n"

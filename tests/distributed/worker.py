@@ -28,6 +28,7 @@ def main() -> None:
         loading_checks,
         lora_checks,
         samples_checks,
+        saving_checks,
         speed_checks,
     )
 
@@ -37,6 +38,7 @@ def main() -> None:
         | lora_checks.CHECKS
         | loading_checks.CHECKS
         | samples_checks.CHECKS
+        | saving_checks.CHECKS
         | speed_checks.CHECKS
     )
 

@@ -1,0 +1,273 @@
+"""What ends a run and what does not, on a clock of the test's own."""
+
+import io
+import threading
+import time
+
+import pytest
+
+from llama_lib import giving_up, last_words, progress, stacks, watchdog
+from llama_lib.giving_up import Verdict
+from llama_lib.pulse import CLOSED, ENDED, LEFT, Beat
+from llama_lib.roll_call import Crew
+from llama_lib.watchdog import Silence, Watchdog
+from tests.test_roll_call import crew, member
+
+
+class FakePulse:
+    """A pulse that hears what the test says."""
+
+    def __init__(self, world: int) -> None:
+        self.exchanges = self.total = 0
+        self.verdict = ""
+        self.is_broken = False
+        self.interval = 2.0
+        self.beats = [Beat(0, 0, "", "") for _ in range(world)]
+
+    def heard(self, *ranks: int) -> None:
+        """One exchange with the store, in which these ranks have a new beat."""
+        self.exchanges += 1
+        for rank in ranks:
+            self.beats[rank] = self.beats[rank]._replace(number=self.exchanges)
+
+    def close(self, *_) -> None:
+        pass
+
+    def say(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A watchdog whose thread is not there: the test is the clock."""
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    monkeypatch.setattr(threading.Thread, "join", lambda self, timeout=None: None)
+    monkeypatch.setattr(progress, "_trains", True)
+    dog = Watchdog(Crew([member(0)], 0))
+    dog._stall = 100.0
+    return dog
+
+
+@pytest.fixture
+def together(alone):
+    """Two hosts with two processes each."""
+    alone.crew, alone.pulse = crew(4), FakePulse(4)
+    alone._others = [Silence() for _ in range(4)]
+    alone._lost_seconds = 60.0
+    return alone
+
+
+def seconds_until_end(dog: Watchdog, limit: int, each=lambda second: None) -> tuple[int, Verdict]:
+    for second in range(limit):
+        each(second)
+        if verdict := dog._judged(1.0):
+            return second, verdict
+    raise AssertionError(f"nothing in {limit} s")
+
+
+def test_a_stall_ends_the_run_after_the_timeout(alone):
+    second, verdict = seconds_until_end(alone, 200)
+    assert second == 101
+    assert verdict.why == "nothing got done for 100 s (--stall_timeout)"
+
+
+def test_work_however_slow_never_does(alone):
+    def tensor_by_tensor(second: int) -> None:
+        if second % 99 == 0:
+            progress.made()
+
+    with pytest.raises(AssertionError, match="nothing in 2000 s"):
+        seconds_until_end(alone, 2000, tensor_by_tensor)
+
+
+def test_the_first_step_has_more_patience(alone, monkeypatch):
+    """Large models are built then, and kernels compiled, with nothing to count."""
+    monkeypatch.setattr(progress, "_trains", False)
+    second, verdict = seconds_until_end(alone, 400)
+    assert second == 301
+    assert "for 300 s" in verdict.why
+
+
+def test_the_work_of_another_process_counts(together):
+    """One rank writes a checkpoint, the others wait for it."""
+
+    def writes(second: int) -> None:
+        together.pulse.heard(0, 1, 2, 3)
+        together.pulse.total += second % 90 == 0
+
+    with pytest.raises(AssertionError, match="nothing in 1000 s"):
+        seconds_until_end(together, 1000, writes)
+
+
+def test_a_machine_that_slept_has_not_waited(alone, monkeypatch):
+    """An hour between two looks counts as the two seconds that they are apart at most."""
+    times = iter([0.0, 1.0, 3601.0, 7201.0, 10801.0])
+    looks = iter([False] * 4 + [True])
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(alone._closing, "wait", lambda tick: next(looks))
+    monkeypatch.setattr(watchdog, "give_up", pytest.fail)
+    alone._run()
+
+
+def test_a_host_that_is_silent_is_named(together):
+    second, verdict = seconds_until_end(together, 100, lambda _: together.pulse.heard(0, 1))
+    assert second == 61
+    assert verdict.why.startswith("node2 has not been heard of for 60 s")
+    assert verdict.lost == [2, 3]
+
+
+def test_a_silent_process_of_a_living_host_is_left_to_the_stall(together):
+    """It may hold Python's lock for long, in a library that reads a large file."""
+
+    def lives(second: int) -> None:
+        together.pulse.heard(0, 1, 2)
+        together.pulse.total += 1
+
+    with pytest.raises(AssertionError, match="nothing in 300 s"):
+        seconds_until_end(together, 300, lives)
+
+
+def test_processes_that_ended_in_order_are_not_missed(together):
+    for rank in (2, 3):
+        together.pulse.beats[rank] = Beat(1, 9, CLOSED, "")
+
+    def goes_on(second: int) -> None:
+        together.pulse.heard(0, 1)
+        together.pulse.total += 1
+
+    with pytest.raises(AssertionError, match="nothing in 300 s"):
+        seconds_until_end(together, 300, goes_on)
+
+
+def test_a_process_that_failed_is_named_with_its_words(together):
+    together.pulse.beats[3] = Beat(1, 0, LEFT, "the disk is full")
+    _, verdict = seconds_until_end(together, 30, lambda _: together.pulse.heard(0, 1, 2))
+    assert verdict.why == "rank 3 (node2) has ended: the disk is full"
+
+
+def test_a_store_that_is_silent(together):
+    second, verdict = seconds_until_end(together, 100)
+    assert second == 61
+    assert verdict.why.startswith("no contact with node1 (the meeting point node1:29500) for 60 s")
+    assert verdict.alone
+
+
+def test_a_store_that_is_gone(together):
+    together.pulse.is_broken = True
+    second, verdict = seconds_until_end(together, 100)
+    assert second == 21
+    assert "process 0 or its launcher on node1 has ended" in verdict.why
+
+
+def test_what_another_process_found_ends_this_one(together):
+    together.pulse.verdict = '{"why": "node2 is gone", "lost": [2, 3]}'
+    assert seconds_until_end(together, 1)[1] == Verdict("node2 is gone", [2, 3])
+
+
+def test_while_data_are_prepared_nothing_has_to_be_done(together):
+    together._stall = 0.0
+    together._lost_seconds = watchdog.PREPARATION_LOST_SECONDS
+    with pytest.raises(AssertionError, match="nothing in 5000 s"):
+        seconds_until_end(together, 5000, lambda _: together.pulse.heard(0, 1, 2, 3))
+    second, verdict = seconds_until_end(together, 700, lambda _: together.pulse.heard(0, 1))
+    assert 590 < second < 610
+    assert verdict.lost == [2, 3]
+
+
+def test_a_start_has_a_deadline(together, tmp_path):
+    with together.starting(str(tmp_path), 30):
+        _, verdict = seconds_until_end(together, 60, lambda _: together.pulse.heard(0, 1, 2, 3))
+        assert verdict.why.startswith("the processes were not connected to each other in 30 s")
+    together._stall = 0.0
+    with pytest.raises(AssertionError, match="nothing in 300 s"):
+        seconds_until_end(together, 300, lambda _: together.pulse.heard(0, 1, 2, 3))
+
+
+def report(verdict: Verdict, found: dict[int, Beat], folder=None, stopped=frozenset()) -> str:
+    made = giving_up._Report(crew(4), folder, verdict, found, None, set(stopped))
+    return "\n".join(made.lines())
+
+
+def test_the_message_groups_ranks_by_where_they_are(tmp_path):
+    for rank in (0, 1, 3):
+        stacks.write_stacks(tmp_path, member(rank), "why")
+    waits = Beat(5, 12, ENDED, "trainer.py:9 train_step > all_reduce")
+    found = {0: waits, 1: waits, 3: Beat(5, 11, ENDED, "data.py:3 read")}
+    lines = report(Verdict("nothing was done"), found, tmp_path, {3}).splitlines()
+    assert lines[0] == "watchdog: nothing was done. The run ends here."
+    assert lines[1] == (
+        "  ranks 0-1 (node1): after step 12, in trainer.py:9 train_step > all_reduce"
+    )
+    assert lines[2] == (
+        "  rank 3 (node2): after step 11, in data.py:3 read, where it was stopped (SIGSTOP) until "
+        "now"
+    )
+    assert lines[3].startswith("  rank 2 (node2): no answer: ")
+    assert lines[4] == (
+        f"  stacks of all threads in {tmp_path}: rank-00000.txt, rank-00001.txt, rank-00003.txt "
+        "(none of rank 2)"
+    )
+    assert "the one to look at first" in lines[5]
+
+
+def test_a_failed_start_is_explained_by_the_interfaces():
+    text = report(Verdict("not connected", start=True), {0: Beat(1, 0, ENDED, "launch.py:1 x")})
+    assert "The way to node1:29500 is eth0 on node1, node2" in text
+    assert "GLOO_SOCKET_IFNAME" in text
+    assert "--load auto" not in text
+
+
+def test_lost_ranks_are_not_said_to_be_stopped():
+    found = {rank: Beat(1, 3, ENDED, "") for rank in (0, 1)}
+    assert "no answer" not in report(Verdict("node2 is gone", [2, 3]), found)
+
+
+def test_a_stack_file_tells_when_where_and_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_step", 17)
+    before = time.time() - 1
+    assert stacks.write_stacks(tmp_path / "stacks", member(3), "it hangs") is None
+    path = stacks.stack_file(tmp_path / "stacks", 3)
+    text = path.read_text()
+    assert path.name == "rank-00003.txt"
+    for part in ("time: 20", "last step done: 17", "rank: 3", "host: node2", "why: it hangs"):
+        assert part in text
+    assert "test_a_stack_file_tells_when_where_and_why" in text, "no stack of this thread"
+    assert stacks.step_in(path) == 17
+    assert stacks.is_written(tmp_path / "stacks", 3, before)
+    assert not stacks.is_written(tmp_path / "stacks", 3, time.time() + 60)
+    assert not stacks.is_written(tmp_path / "stacks", 2, before)
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(tmp_path):
+    (tmp_path / "stacks").write_text("a file")
+    assert "cannot be written to" in stacks.write_stacks(tmp_path / "stacks", member(0), "why")
+
+
+def test_whereabouts_name_the_innermost_lines():
+    assert "whereabouts" in stacks.whereabouts()
+    assert stacks.whereabouts().startswith("llama_lib/stacks.py:")
+
+
+def test_last_words_are_written_with_the_latest_step(tmp_path, capsys):
+    lines = io.StringIO("3\n14\nTimeout (0:00:09)!\nThread 1:\n  File x\n")
+    last_words.listen(lines, tmp_path / "stacks" / "rank-00000.txt", "rank: 0", "it is stuck")
+    text = (tmp_path / "stacks" / "rank-00000.txt").read_text()
+    assert "last step done: 14\nrank: 0\n\nTimeout (0:00:09)!\nThread 1:\n  File x\n" in text
+    assert capsys.readouterr().err == "it is stuck\n"
+
+
+def test_a_process_that_ends_in_order_leaves_no_last_words(tmp_path):
+    last_words.listen(io.StringIO("3\n"), tmp_path / "rank-00000.txt", "rank: 0", "it is stuck")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_that_come_in_count_as_progress(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.01)
+    before = progress.count()
+    with progress.transferring():
+        time.sleep(0.05)
+        (tmp_path / "download").write_bytes(bytes(4 << 20))
+        deadline = time.monotonic() + 10
+        while progress.count() == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert progress.count() > before
