@@ -241,6 +241,7 @@ class Engine:
                 loss = self._loss_sum(batch, weight) * weight
                 self.booster.backward(loss, self.optimizer)
                 share += loss.detach()
+            made()
         return share
 
     def _loss_sum(self, batch: MicroBatch, weight: float) -> Tensor:

@@ -31,6 +31,8 @@ logger = logging.getLogger("llama_lib")
 
 # In so many seconds every process has to write its stacks, and then one has to speak.
 STACK_SECONDS = 6.0
+# A disk that takes longer does not answer.
+DISK_SECONDS = 2.0
 END_SECONDS = 14.0
 _POLL_SECONDS = 0.1
 # Processes of a host that cannot agree on who speaks try one after the other.
@@ -69,10 +71,9 @@ def give_up(crew: Crew, pulse: Pulse | None, folder: Path | None, verdict: Verdi
     last.start()
     where = stacks.whereabouts()
     faulthandler.cancel_dump_traceback_later()
-    problem = None
-    if folder is not None:
-        problem = stacks.write_stacks(folder, crew.me, verdict.why)
-    _log([verdict.why])
+    problem = _write_down(crew, folder, verdict.why)
+    if problem is not None:
+        folder = None
     if pulse is None:
         found = {0: Beat(0, progress.step(), ENDED, where)}
         _speak(_Report(crew, folder, verdict, found, problem).lines())
@@ -82,6 +83,29 @@ def give_up(crew: Crew, pulse: Pulse | None, folder: Path | None, verdict: Verdi
     else:
         _agree(crew, pulse, folder, verdict, where, problem)
     os._exit(1)
+
+
+def _write_down(crew: Crew, folder: Path | None, why: str) -> str | None:
+    """Stack and log of this process; returns why there are none.
+
+    The disk may be what the run hangs on, and then hangs whoever looks at it.
+    """
+    problems: list[str | None] = []
+
+    def write() -> None:
+        problems.append(stacks.write_stacks(folder, crew.me, why) if folder else None)
+        _log([why])
+
+    if _is_done(write, DISK_SECONDS):
+        return problems[0]
+    return f"the disk of {folder or 'the log'} does not answer"
+
+
+def _is_done(action: Callable[[], None], seconds: float) -> bool:
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def _agree(
@@ -226,15 +250,15 @@ class _Report:
             )
         elif len(groups) + bool(absent) > 1 and not verdict.alone and not verdict.lost:
             lines.append("A process that is elsewhere than most is the one to look at first.")
-        if self.folder is not None and not verdict.start:
+        if (self.folder or self.problem) and not verdict.start:
             lines.append("The checkpoints are untouched: --load auto goes on from the newest.")
         return lines
 
     def _files(self) -> list[str]:
-        if self.folder is None:
-            return []
         if self.problem is not None:
             return [f"  no stacks: {self.problem}"]
+        if self.folder is None:
+            return []
         absent = _without_stack(self.folder, list(range(len(self.crew.members))))
         written = sorted(set(range(len(self.crew.members))) - set(absent))
         names = [stacks.stack_file(self.folder, rank).name for rank in written]
@@ -251,8 +275,8 @@ def _log(lines: list[str]) -> None:
 
 def _speak(lines: list[str]) -> None:
     text = masked("\n".join(lines))
-    _log(text.splitlines())
-    report_to_torchrun(text)
     # Not through sys.stderr: a thread that hangs may hold its lock. A bar may end without a line.
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
+    report_to_torchrun(text)
+    _is_done(lambda: _log(text.splitlines()), DISK_SECONDS)

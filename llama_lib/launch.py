@@ -46,7 +46,8 @@ def complete_environment() -> None:
 
 
 def on_one_host() -> bool:
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    """Whether that is known: a launcher may not say how many processes a host has."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return world_size() <= local_processes or os.environ.get("MASTER_ADDR") in LOCAL_NAMES
 
 
@@ -99,7 +100,8 @@ def network_problems() -> list[str]:
     that this host's own name has. Where that is a loopback address (127.0.1.1 on a fresh Debian)
     the peers try in vain for minutes and end with "connectFullMesh failed".
     """
-    if on_one_host() or os.environ.get("GLOO_SOCKET_IFNAME"):
+    is_known = "LOCAL_WORLD_SIZE" in os.environ  # else they may all be on this one
+    if not is_known or on_one_host() or os.environ.get("GLOO_SOCKET_IFNAME"):
         return []
     name = socket.gethostname()
     address = _address_of(name)

@@ -357,7 +357,8 @@ class WatchOptions:
     )
     stall_timeout: int = option(
         600,
-        "seconds without progress after which stacks are written and the run ends (0: never)",
+        "seconds without progress after which stacks are written and the run ends "
+        "(0: never, nor when a host is lost)",
         integer(0),
     )
 

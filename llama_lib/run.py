@@ -3,11 +3,12 @@
 Invariant: all ranks take the same decisions, because each is taken from shared files or broadcast.
 """
 
+import contextlib
 import logging
 import math
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from llama_lib.checkpoint.manifest import (
 )
 from llama_lib.checkpoint.store import TrainerState
 from llama_lib.checkpoint.weights import load_weights
-from llama_lib.config import dump_yaml
+from llama_lib.config import Options, dump_yaml
 from llama_lib.data.loader import BatchLoader
 from llama_lib.data.prepared import PreparedDataset
 from llama_lib.engine import Engine
@@ -42,9 +43,7 @@ logger = logging.getLogger("llama_lib")
 def train(run: Run, watchdog: Watchdog) -> int:
     """Train a checked run; returns the exit code of `Trainer.fit`."""
     options = run.options
-    watchdog.ready()
-    joining = watchdog.starting(options.checkpoint.save_dir, options.watch.start_timeout)
-    device = start_process_group(options.training.seed, joining)
+    device = start_process_group(options.training.seed, _joining(options, watchdog))
     watchdog.train(options.watch.stall_timeout)
     _open_log(options.checkpoint.save_dir)
     try:
@@ -58,6 +57,14 @@ def train(run: Run, watchdog: Watchdog) -> int:
     # Only here: after an error other ranks may be gone, and leaving the group in order would hang.
     dist.destroy_process_group()
     return code
+
+
+@contextlib.contextmanager
+def _joining(options: Options, watchdog: Watchdog) -> Iterator[None]:
+    """The deadline begins once all are here and have imported all: a cold disk takes minutes."""
+    watchdog.ready()
+    with watchdog.starting(options.checkpoint.save_dir, options.watch.start_timeout):
+        yield
 
 
 def _train(run: Run, device: torch.device, crew: Crew) -> int:

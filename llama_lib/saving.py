@@ -27,7 +27,7 @@ from llama_lib.checkpoint.writing import CHECK_NAME, Draft, Live
 from llama_lib.config import Options
 from llama_lib.data.loader import RowSource
 from llama_lib.engine import Engine
-from llama_lib.errors import RunError
+from llama_lib.errors import JobError, RunError
 from llama_lib.layout import BatchPlan
 from llama_lib.ledger import tokens_by_source
 
@@ -145,7 +145,7 @@ class Saver:
         assert self._background is not None
         failures = coordination.gather(self._background.failure)
         self._patience = 0.0  # where others failed, this rank's thread may wait for them in vain
-        raise RunError(f"--async_save: {next(filter(None, failures))}")
+        raise JobError(f"--async_save: {next(filter(None, failures))}")
 
     def close(self) -> None:
         """The loop has ended, perhaps in an error: finish what is under way, with some patience."""
@@ -185,6 +185,14 @@ class Saver:
             self._background.wait(SETTLE_SECONDS)
 
     def _save_beside(self, begin: float) -> bool:
+        """Let the present step be written beside the training; False: that is not possible here."""
+        if not self._begin_beside():
+            return False
+        self._latest = self.state.step
+        self._under_way = (self.state.step, time.perf_counter() - begin)
+        return True
+
+    def _begin_beside(self, is_check: bool = False) -> bool:
         """Copy the present state and let it be written; False: that is not possible here."""
         if self._background is None or self._memory is None:
             return False
@@ -192,16 +200,10 @@ class Saver:
         if problem := self._memory.take(held):
             self.say(f"--async_save: {problem}: this checkpoint is written while training waits")
             return False
-        draft = self._begin()
-        self._write_beside(draft, Staged(self.engine, self._memory, held, self._background.group))
-        self._latest = self.state.step
-        self._under_way = (self.state.step, time.perf_counter() - begin)
-        return True
-
-    def _write_beside(self, draft: Draft, staged: Staged) -> None:
-        assert self._background is not None
-        group = self._background.group
+        draft, group = self._begin(is_check), self._background.group
+        staged = Staged(self.engine, self._memory, held, group)
         self._background.start(lambda: writing.finish(draft, staged, group))
+        return True
 
     # -- what is saved -----------------------------------------------------------------------
 
@@ -278,7 +280,7 @@ class Saver:
             if problems:
                 raise RunError(f"what was written reads otherwise: {'; '.join(problems[:3])}.")
         except RunError as error:
-            raise RunError(
+            raise JobError(
                 f"--save_check: {error} This run could not be saved there. Give --save_dir a "
                 "directory that can take a checkpoint, or go on without the check: "
                 "--no-save_check."
@@ -293,15 +295,10 @@ class Saver:
         )
 
     def _write_check(self) -> None:
-        if self._background is None or self._memory is None:
+        if self._begin_beside(is_check=True):
+            self._settle()
+        else:
             writing.finish(self._begin(is_check=True), Live(self.engine))
-            return
-        held = held_state(self.engine)
-        if problem := self._memory.take(held):
-            raise RunError(f"--async_save: {problem}.")
-        draft = self._begin(is_check=True)
-        self._write_beside(draft, Staged(self.engine, self._memory, held, self._background.group))
-        self._settle()
 
     @staticmethod
     def _read_check(path: Path) -> tuple[list[str], int]:

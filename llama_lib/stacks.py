@@ -5,11 +5,11 @@ Invariant: a file is written only when the run ends for it, also while a thread 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -20,11 +20,6 @@ from llama_lib.roll_call import Member
 
 FOLDER = "stacks"
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
-_NOTE_SECONDS = 10.0
-
-# With this, faulthandler's clock stands still while the machine sleeps. Without it a laptop's run
-# would be ended when the lid is opened, so such a Python only writes.
-_MAY_EXIT = bool(sysconfig.get_config_var("HAVE_SEM_CLOCKWAIT"))
 
 
 def stack_file(folder: Path, rank: int) -> Path:
@@ -105,16 +100,15 @@ class LastResort:
         self._helper = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
         )
-        self._noted, self._note_at = 0, 0.0
 
     def wind_up(self, seconds: float) -> None:
         assert self._helper.stdin is not None
         pipe = self._helper.stdin.fileno()
-        faulthandler.dump_traceback_later(seconds, exit=_MAY_EXIT, file=pipe)
-        step, now = progress.step(), time.monotonic()
-        if step != self._noted and now > self._note_at and self._helper.poll() is None:
-            os.write(pipe, f"{step}\n".encode())
-            self._noted, self._note_at = step, now + _NOTE_SECONDS
+        # It must not end the process itself: one that was stopped for longer would end on going on.
+        faulthandler.dump_traceback_later(seconds, file=pipe)
+        if self._helper.poll() is None:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(pipe, f"{progress.step()}\n".encode())
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()

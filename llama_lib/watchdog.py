@@ -16,6 +16,7 @@ from typing import Any
 from llama_lib import progress, stacks
 from llama_lib.errors import JobError, LlamaLibError
 from llama_lib.giving_up import STACK_SECONDS, Verdict, give_up
+from llama_lib.last_words import GRACE_SECONDS
 from llama_lib.pulse import CLOSED, LEFT, Pulse
 from llama_lib.roll_call import Crew, call_roll
 
@@ -31,7 +32,7 @@ FIRST_STEP_PATIENCE = 3
 
 _TICK_SECONDS = 1.0
 # The last resort ends a process, and the launcher then all: one of the others has spoken by then.
-_LAST_RESORT_SECONDS = STACK_SECONDS + 2.0
+_LAST_RESORT_SECONDS = STACK_SECONDS + 2.0 - GRACE_SECONDS
 _POLL_SECONDS = 0.05
 _SAY_SECONDS = 60.0
 

@@ -3,7 +3,9 @@
 And what the model is handed for a micro-batch; what comes out of it is tests/distributed's.
 """
 
+import contextlib
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import LlamaConfig
 
-from llama_lib import engine, host
+from llama_lib import engine, host, progress
 from llama_lib.config import parse_options
 from llama_lib.criterion import IGNORED
 from llama_lib.engine import Engine, MicroBatch
@@ -153,3 +155,18 @@ def test_a_mask_is_built_once_per_micro_batch(process_group, monkeypatch):
 def test_documents_are_never_dropped_in_silence(process_group):
     with pytest.raises(AssertionError, match="without --document_mask"):
         engine_of("").forward_backward([micro_batch(DOCUMENTS)], 10)
+
+
+def test_every_micro_batch_is_progress():
+    """A step of many, longer than --stall_timeout, was ended as a run that hangs."""
+    model = SimpleNamespace(
+        layout=SimpleNamespace(pp=1, dp=1, sequence_axis=1),
+        device=CPU,
+        optimizer=None,
+        booster=SimpleNamespace(backward=lambda loss, optimizer: None),
+        _gradient_sync=lambda last: contextlib.nullcontext(),
+        _loss_sum=lambda batch, weight: torch.ones(()),
+    )
+    before = progress.count()
+    Engine.forward_backward(model, [None] * 3, 1.0)
+    assert progress.count() - before == 3

@@ -1,5 +1,6 @@
 """What launching decides from the launcher's environment."""
 
+import os
 import socket
 
 import pytest
@@ -59,6 +60,31 @@ def test_a_loopback_name_that_does_no_harm(two_hosts, settings):
     for name, value in settings.items():
         two_hosts.setenv(name, value)
     assert launch.network_problems() == []
+
+
+@pytest.fixture
+def no_store(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is as before afterwards
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    launch.keep_to_this_host.cache_clear()
+    yield monkeypatch
+    launch.keep_to_this_host.cache_clear()
+
+
+def test_processes_of_unknown_hosts_are_not_kept_to_one(two_hosts, no_store):
+    """srun and mpirun do not say how many processes a host has: gloo was bound to `lo`, and no
+    process reached another host's."""
+    two_hosts.delenv("LOCAL_WORLD_SIZE")
+    launch.keep_to_this_host()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    assert launch.network_problems() == [], "they may all be on this host"
+
+
+def test_processes_of_one_host_are_kept_to_it(two_hosts, no_store):
+    two_hosts.setenv("LOCAL_WORLD_SIZE", "2")
+    two_hosts.setenv("RANK", "1")
+    launch.keep_to_this_host()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == "lo"
 
 
 @pytest.mark.parametrize(

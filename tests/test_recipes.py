@@ -361,6 +361,14 @@ def test_run_gives_all_gpus_if_there_are_some(docker: Docker):
     assert words[-2:] == ["mine:2", "pretrain.py"]
 
 
+def test_run_gives_the_gpus_of_a_slow_driver(docker: Docker):
+    """Its list was read to the first line, and then it failed, as it could not write on."""
+    slow = "for gpu in 0 1; do echo GPU $gpu: NVIDIA H200; sleep 1; done"
+    docker.program("nvidia-smi", f"#!/bin/sh\n{slow}\n")
+    words = docker.called("pretrain.py")
+    assert words[words.index("--gpus") + 1] == "all"
+
+
 def test_run_names_secrets_and_never_shows_them(docker: Docker):
     given = {"HF_TOKEN": "xyzzy", "NCCL_DEBUG": "INFO", "AWS_SECRET_ACCESS_KEY": "xyzzy"}
     words = docker.called("pretrain.py", **given)

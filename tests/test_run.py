@@ -1,10 +1,12 @@
 """Resuming: what changed is said, what is left is planned, newer checkpoints are set aside."""
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from llama_lib import run
 from llama_lib.checkpoint.manifest import set_aside_newer, step_directories, step_directory
 from llama_lib.checkpoint.store import TrainerState
 from llama_lib.config import parse_options
@@ -208,3 +210,25 @@ def test_newer_checkpoints_are_renamed_never_deleted(tmp_path):
     step_directory(tmp_path, 10).mkdir()
     set_aside_newer(tmp_path, 5)
     assert (tmp_path / "step-00000010.aside-2").is_dir()
+
+
+def test_the_deadline_of_the_start_begins_when_all_have_imported(monkeypatch):
+    """It began when the fastest process had: a host with a cold disk ended the run."""
+    done = []
+
+    @contextlib.contextmanager
+    def starting(save_dir, seconds):
+        done.append("deadline")
+        yield
+
+    def start_process_group(seed, joining):
+        done.append("imported")
+        with joining:
+            done.append("joined")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "start_process_group", start_process_group)
+    watchdog = SimpleNamespace(ready=lambda: done.append("ready"), starting=starting)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(planned(["-b", "4"]), watchdog)
+    assert done == ["imported", "ready", "deadline", "joined"]

@@ -647,9 +647,10 @@ def test_what_is_printed_is_masked_once(
     private.protect()
     private.protect()
     print("token", TOKEN, flush=True)
+    sys.stdout.writelines(["line ", f"{TOKEN}\n"])
     print(f"no way to https://u:hunter2@hub/{TOKEN}", file=sys.stderr)
     assert sys.stdout.isatty() is False
-    assert capsys.readouterr() == ("token ***\n", "no way to https://u:***@hub/***\n")
+    assert capsys.readouterr() == ("token ***\nline ***\n", "no way to https://u:***@hub/***\n")
 
 
 def test_a_folder_that_everyone_may_write_to_is_one_warning(

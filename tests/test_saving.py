@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from llama_lib import host
-from llama_lib.errors import RunError
+from llama_lib.errors import JobError, RunError
 
 host.install()
 
 from llama_lib import saving  # noqa: E402
 from llama_lib.checkpoint import manifest, staging, store, verify, writing  # noqa: E402
 from llama_lib.checkpoint.manifest import step_directories  # noqa: E402
+from llama_lib.checkpoint.state import held_state  # noqa: E402
 from llama_lib.saving import Saver  # noqa: E402
 from tests.distributed.checks import build, optimizer_hashes, train_step  # noqa: E402
 
@@ -184,7 +185,7 @@ def test_a_failed_writer_ends_the_run_with_the_older_checkpoint(run, monkeypatch
     run.save(2)
     run.written()
     assert run.saver.has_failed
-    with pytest.raises(RunError, match=r"--async_save: .*step-00000002 could not .*No space left"):
+    with pytest.raises(JobError, match=r"--async_save: .*step-00000002 could not .*No space left"):
         if then == "the next step":
             run.saver.fail()
         else:
@@ -207,6 +208,20 @@ def test_no_error_of_the_thread_is_lost(run, monkeypatch, error):
     with pytest.raises(RunError, match=f"writing a checkpoint failed: {type(error).__name__}"):
         run.saver.fail()
     assert run.steps == []
+
+
+def test_a_run_under_nice_saves(run, monkeypatch):
+    """A thread of such a user may not go back to a smaller number: it ended before it had written
+    anything, and the checkpoint was said to be saved."""
+
+    def refused(kind: int, who: int, priority: int) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.setpriority", refused)
+    run.save(1)
+    run.written()
+    run.saver.step_done()
+    assert run.steps == [1] and run.saver.saved_step == 1
 
 
 def test_a_disk_that_is_full_beforehand_is_a_warning(run, monkeypatch):
@@ -246,6 +261,23 @@ def test_without_memory_for_a_copy_the_save_waits(engine, tmp_path, monkeypatch)
     assert len(run.said) == 3 and run.steps == [3, 2, 1]
 
 
+def test_pinned_memory_is_let_go(engine, monkeypatch):
+    """The next one in the same process is given the same addresses, and could not be pinned."""
+    held, calls = held_state(engine), []
+    cudart = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: calls.append(("pinned", address)),
+        cudaHostUnregister=lambda address: calls.append(("let go", address)),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda error: None)
+    memory = staging.HostMemory(torch.device("cuda"))
+    assert memory.take(held) is None
+    address = memory._values.data_ptr()
+    assert calls == [("pinned", address)]
+    del memory
+    assert calls == [("pinned", address), ("let go", address)]
+
+
 def test_a_run_that_ends_in_an_error_finishes_what_is_under_way(run, held_up):
     run.save(1)
     threading.Timer(0.3, held_up.set).start()
@@ -278,6 +310,15 @@ def test_the_check_leaves_no_trace(engine, tmp_path, async_save):
     assert run.saver.saved_step is None
     run.save(1)
     assert not [line for line in run.said if "waiting" in line]
+
+
+def test_a_check_without_memory_for_a_copy_waits_as_saves_will(engine, tmp_path, monkeypatch):
+    """It ended the run, and blamed --save_dir."""
+    monkeypatch.setattr(staging, "free_memory", lambda: 2**20)
+    run = Run(engine, tmp_path)
+    run.saver.check()
+    assert "this checkpoint is written while training waits" in run.said[-2]
+    assert run.said[-1].startswith("save check: a checkpoint of ")
 
 
 @pytest.mark.parametrize("async_save", [False, True])

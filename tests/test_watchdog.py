@@ -1,8 +1,9 @@
 """What ends a run and what does not, on a clock of the test's own."""
 
-import io
+import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -210,6 +211,27 @@ def test_the_message_groups_ranks_by_where_they_are(tmp_path):
     assert "the one to look at first" in lines[5]
 
 
+def test_a_disk_that_hangs_does_not_silence_the_watchdog(tmp_path, monkeypatch, capfd):
+    """The run often hangs on that very disk: the process ended without a word."""
+    answers = threading.Event()
+    monkeypatch.setattr(giving_up, "DISK_SECONDS", 0.1)
+    monkeypatch.setattr(stacks, "write_stacks", lambda *_: answers.wait())
+    monkeypatch.setattr(giving_up, "_log", lambda lines: answers.wait() and None)
+    problem = giving_up._write_down(crew(4), tmp_path, "nothing was done")
+    assert problem == f"the disk of {tmp_path} does not answer"
+    verdict, found = Verdict("nothing was done"), {0: Beat(1, 3, ENDED, "")}
+    giving_up._speak(giving_up._Report(crew(4), None, verdict, found, problem).lines())
+    answers.set()
+    said = capfd.readouterr().err
+    assert "watchdog: nothing was done. The run ends here." in said
+    assert f"no stacks: the disk of {tmp_path} does not answer" in said
+
+
+def test_a_disk_that_answers_has_the_stack(tmp_path):
+    assert giving_up._write_down(crew(4), tmp_path, "nothing was done") is None
+    assert "why: nothing was done" in stacks.stack_file(tmp_path, 0).read_text()
+
+
 def test_a_failed_start_is_explained_by_the_interfaces():
     text = report(Verdict("not connected", start=True), {0: Beat(1, 0, ENDED, "launch.py:1 x")})
     assert "The way to node1:29500 is eth0 on node1, node2" in text
@@ -248,17 +270,39 @@ def test_whereabouts_name_the_innermost_lines():
     assert stacks.whereabouts().startswith("llama_lib/stacks.py:")
 
 
+STUCK = ["Timeout (0:00:09)!", "Thread 1:", "  File x"]
+
+
+def last_words_of(lines: list[str | None], folder: Path) -> tuple[str | None, int]:
+    """What was written, and how often the process was ended."""
+    ends: list[None] = []
+    path = folder / "stacks" / "rank-00000.txt"
+    last_words.listen(lines, path, "rank: 0", "it is stuck", lambda: ends.append(None))
+    return (path.read_text() if path.exists() else None), len(ends)
+
+
 def test_last_words_are_written_with_the_latest_step(tmp_path, capsys):
-    lines = io.StringIO("3\n14\nTimeout (0:00:09)!\nThread 1:\n  File x\n")
-    last_words.listen(lines, tmp_path / "stacks" / "rank-00000.txt", "rank: 0", "it is stuck")
-    text = (tmp_path / "stacks" / "rank-00000.txt").read_text()
+    text, ends = last_words_of(["3", None, "14", *STUCK, None, None], tmp_path)
+    assert text is not None and ends == 1
     assert "last step done: 14\nrank: 0\n\nTimeout (0:00:09)!\nThread 1:\n  File x\n" in text
     assert capsys.readouterr().err == "it is stuck\n"
 
 
-def test_a_process_that_ends_in_order_leaves_no_last_words(tmp_path):
-    last_words.listen(io.StringIO("3\n"), tmp_path / "rank-00000.txt", "rank: 0", "it is stuck")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("lines", [["3"], ["3", *STUCK, "3"], ["3", *STUCK, "3", None, "4"]])
+def test_a_process_that_goes_on_has_no_last_words(lines, tmp_path, capsys):
+    assert last_words_of(lines, tmp_path) == (None, 0)
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == ""
+
+
+def test_silence_of_the_pipe_is_heard():
+    reader, writer = os.pipe()
+    lines = last_words.lines_of(reader, silence=0.01)
+    os.write(writer, b"3\nTime")
+    assert [next(lines), next(lines)] == ["3", None]
+    os.write(writer, b"out (\n")
+    os.close(writer)
+    assert list(lines) == ["Timeout ("]
+    os.close(reader)
 
 
 def test_bytes_that_come_in_count_as_progress(tmp_path, monkeypatch):

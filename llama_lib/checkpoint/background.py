@@ -45,10 +45,10 @@ class Background:
         assert not self.is_busy, "one checkpoint at a time"
 
         def run() -> None:
-            # On Linux a number of one thread, not of the process.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
             begin = time.perf_counter()
             try:
+                # On Linux that of this thread alone. Relative: a run under `nice` may not go back.
+                os.nice(NICE)
                 work()
             except RunError as error:  # the same on every rank
                 self._failure = str(error)

@@ -15,6 +15,7 @@ for each of its parameters on the first rank, given back when it is written.
 """
 
 import socket
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -84,8 +85,18 @@ class HostMemory:
                     f"processes hold takes {needed / 2**30:.2f} GiB"
                 )
         if self._values is None:
-            self._values = _allocated(_size(held), self._is_pinned)
+            # Zeros are written now: otherwise the kernel looks for every page in the first copy.
+            self._values = torch.empty(_size(held)).zero_()
+            if self._is_pinned and self._values.numel():
+                self._pin(self._values)
         return None
+
+    def _pin(self, values: Tensor) -> None:
+        # torch's own pinned memory is rounded up to a power of two: up to twice as much.
+        cudart, address = torch.cuda.cudart(), values.data_ptr()
+        torch.cuda.check_error(cudart.cudaHostRegister(address, values.nbytes, 0))
+        # Else whoever is given these addresses next, in this process, could not pin them.
+        weakref.finalize(self, cudart.cudaHostUnregister, address).atexit = False
 
     def copy(self, held: Sequence[Held]) -> Copies:
         """A copy of this rank's parts, in memory that was taken; the one before is lost."""
@@ -109,17 +120,6 @@ class HostMemory:
 
 def _size(held: Sequence[Held]) -> int:
     return len(STATE) * sum(each.length for each in held if each.cut.is_given)
-
-
-def _allocated(size: int, pinned: bool) -> Tensor:
-    # Zeros are written now: otherwise the kernel looks for every page while the first copy is made.
-    values = torch.empty(size).zero_()
-    if pinned and size:
-        # torch's own pinned memory is rounded up to a power of two: up to twice as much.
-        torch.cuda.check_error(
-            torch.cuda.cudart().cudaHostRegister(values.data_ptr(), values.nbytes, 0)
-        )
-    return values
 
 
 class Staged:

@@ -36,6 +36,7 @@ _PORT_PATIENCE_SECONDS = 15.0
 # For the last words of the workers, if anybody hears them. Chosen.
 _REPORT_SECONDS = 3.0
 _LOOK_SECONDS = 0.2
+_ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 _READ_BYTES = 65536
 
 
@@ -144,7 +145,10 @@ class Agent:
         return None
 
     def _start(self) -> None:
-        processes.kill_marked(RUN_ID, self._job["run_id"])  # what an earlier attempt left here
+        # What an earlier attempt left here. Agents of hosts that are containers of one machine may
+        # see each other's ranks, so those of this attempt are spared.
+        if attempt := self._job["attempt"]:
+            processes.kill_marked(RUN_ID, self._job["run_id"], f"{_ATTEMPT}={attempt}")
         for local_rank in range(self._job["nproc"]):
             self._workers.append(
                 Worker(
@@ -182,7 +186,7 @@ class Agent:
             "ROLE_NAME": "default",
             "MASTER_ADDR": job["master_addr"],
             "MASTER_PORT": job["master_port"],
-            "TORCHELASTIC_RESTART_COUNT": job["attempt"],
+            _ATTEMPT: job["attempt"],
             "TORCHELASTIC_MAX_RESTARTS": job["restarts"],
             RUN_ID: job["run_id"],
         }

@@ -113,7 +113,10 @@ class LocalChannel(Channel):
                 if self._input.closed:
                     raise BrokenPipeError("the input was closed")
                 left = deadline - time.monotonic()
-                if not select.select([], [self._input], [], max(0.0, left))[1]:
+                # select() takes no descriptor above 1023, and there may be hundreds of hosts.
+                writable = select.poll()
+                writable.register(self._input, select.POLLOUT)
+                if not writable.poll(max(0.0, left) * 1000):
                     raise TimeoutError("the program does not read its input")
                 data = data[os.write(self._input.fileno(), data[:_READ_BYTES]) :]
 
@@ -162,11 +165,16 @@ class SshChannel(Channel):
             self._channel.settimeout(SEND_SECONDS)
             try:
                 self._channel.sendall(data)
+            except OSError:
+                raise
+            except Exception as error:
+                # EOFError or SSHException, while paramiko finds out that the peer is gone.
+                raise ConnectionError(f"the connection ended ({error})") from None
             finally:
                 self._channel.settimeout(None)
 
     def end_input(self) -> None:
-        with suppress(OSError, EOFError):
+        with suppress(Exception):  # as for `send`
             self._channel.shutdown_write()
 
     def wait(self, seconds: float) -> int | None:

@@ -16,8 +16,8 @@ from llama_lib.private import SECRET_NAME, masked
 _PASSED_ON = re.compile(
     r"PATH|LANG|LC_ALL|TMPDIR|CC|CXX|VIRTUAL_ENV|CONDA_PREFIX|LD_LIBRARY_PATH|PYTHONPATH"
     r"|XDG_CACHE_HOME|https?_proxy|no_proxy|HTTPS?_PROXY|NO_PROXY"
-    r"|(CUDA|NVIDIA|NCCL|GLOO|FI|UCX|OFI|IBV|HF|OMP|MKL|KMP|TORCH|TORCHINDUCTOR|PYTORCH|TRITON)"
-    r"_[A-Z0-9_]+"
+    r"|(CUDA|CUBLAS|CUBLASLT|CUDNN|NVIDIA|NCCL|GLOO|FI|UCX|OFI|IBV|HF|OMP|MKL|KMP|TORCH"
+    r"|TORCHINDUCTOR|PYTORCH|TRITON)_[A-Z0-9_]+"
 )
 # Others that a run may miss on the hosts: they are named where they are set.
 _KNOWN = re.compile(
@@ -25,8 +25,14 @@ _KNOWN = re.compile(
     r"|(HUGGING_FACE|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|WANDB|OPENBLAS|GOMP|MLX5|PSM2|PSM3|SHARP"
     r"|OMPI|MPICH)_[A-Z0-9_]+"
 )
-# Numbers of this host's devices say nothing about another's.
-_OF_THIS_HOST = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_MPS_PIPE_DIRECTORY")
+# Numbers of this host's devices say nothing about another's; with one NCCL_HOSTID for all, NCCL
+# takes all for one host.
+_OF_THIS_HOST = (
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_VISIBLE_DEVICES",
+    "CUDA_MPS_PIPE_DIRECTORY",
+    "NCCL_HOSTID",
+)
 # What a launcher says to its own processes; ours says it anew.
 OF_A_LAUNCHER = re.compile(
     r"RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_[A-Z_]+"

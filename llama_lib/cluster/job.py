@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from llama_lib.cluster.link import Events, Link
 from llama_lib.cluster.output import Output, Source
 from llama_lib.cluster.protocol import GRACE_SECONDS, HOST_LOST_SECONDS, STUCK_SECONDS, Message
-from llama_lib.cluster.remote import HostError
+from llama_lib.cluster.remote import HostError, in_parallel
 from llama_lib.cluster.signals import Signals, signal_name
 from llama_lib.errors import UserError
 
@@ -127,7 +127,7 @@ class Job:
         self._asked: list[int] = []
         self._lost: list[str] = []
         self._first_end: float | None = None  # of a rank that did not end with 0
-        self._stops = False
+        self._stopped: float | None = None  # when all were last told to end
 
     def run(self) -> Outcome:
         """Start, follow and end it.
@@ -140,6 +140,8 @@ class Job:
             with self._signals.kept():
                 self._tell({"go": 1})
                 self._follow()
+            # One that came with the last end is a wish too, which forbids a restart.
+            self._asked += self._signals.take()
             return self._outcome()
         finally:
             self._end()
@@ -254,17 +256,14 @@ class Job:
         elif len(self._asked) == 2:
             self._output.say(f"{name}: ending all ranks at once")
             self._stop(0.0)
-            self._first_end = self._first_end or time.monotonic()
 
     def _keep_deadlines(self) -> None:
-        if self._first_end is None:
-            return
-        since = time.monotonic() - self._first_end
-        gently = self._is_asked_end() and not self._stops
-        patience = _ASKED_END_SECONDS if gently else _PATIENCE_SECONDS
-        if not self._stops and since > patience:
-            self._stop(GRACE_SECONDS)
-        if since > patience + _END_SECONDS - _PATIENCE_SECONDS:
+        now = time.monotonic()
+        if self._stopped is None:
+            patience = _ASKED_END_SECONDS if self._is_asked_end() else _PATIENCE_SECONDS
+            if self._first_end is not None and now - self._first_end > patience:
+                self._stop(GRACE_SECONDS)
+        elif now - self._stopped > _END_SECONDS - _PATIENCE_SECONDS:
             for place in self._places:
                 if place.running:
                     ranks = sorted(place.first_rank + rank for rank in place.running)
@@ -280,7 +279,7 @@ class Job:
         return all(code in (128 + signal.SIGTERM, 128 + signal.SIGINT) for code in codes)
 
     def _stop(self, grace: float) -> None:
-        self._stops = True
+        self._stopped = time.monotonic()
         self._tell({"stop": grace})
 
     def _tell(self, message: Message) -> None:
@@ -305,14 +304,13 @@ class Job:
         self._output.finish()
         for place in self._places:
             place.link.end()
-        deadline = time.monotonic() + GRACE_SECONDS + STUCK_SECONDS
-        for place in self._places:
-            if place.link.is_silent:
-                place.link.close(0.0)
-            else:
-                place.link.close(max(0.0, deadline - time.monotonic()))
-            if place.is_orphaned:
-                place.link.sweep(self._plan.run_id)
+        # Dozens of hosts that are lost at once would take minutes one after the other.
+        in_parallel(self._close, self._places)
+
+    def _close(self, place: _Place) -> None:
+        place.link.close(0.0 if place.link.is_silent else GRACE_SECONDS + STUCK_SECONDS)
+        if place.is_orphaned:
+            place.link.sweep(self._plan.run_id)
 
 
 def _unanswering(link: Link) -> HostError:

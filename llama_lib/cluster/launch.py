@@ -20,7 +20,8 @@ from llama_lib.cluster.job import Plan
 from llama_lib.cluster.output import Output
 from llama_lib.cluster.remote import Host, open_hosts
 from llama_lib.cluster.restarts import Supervisor, Wish
-from llama_lib.cluster.signals import Signals
+from llama_lib.cluster.signals import Interrupted, Signals
+from llama_lib.cluster.writer import Writer
 from llama_lib.errors import UserError
 from llama_lib.private import masked
 
@@ -137,8 +138,9 @@ def main(argv: Sequence[str]) -> int:
         names = [host.name for host in wish.hosts[: wish.num_nodes]]
         print("\n".join(torchrun_lines(names, nproc, wish, arguments.hostfile is None)))
         return 0
-    output = Output()
-    if passed.held and len(hosts) > 1:
+    writer = Writer()
+    output = Output(writer.write)
+    if passed.held and not all(host.is_local for host in hosts):
         output.say(
             f"not passed on to the other hosts: {', '.join(passed.held)} (--pass NAME,... does)"
         )
@@ -149,7 +151,14 @@ def main(argv: Sequence[str]) -> int:
             output.say(f"  {line}")
 
     with Signals() as signals:
-        return Supervisor(wish, output, signals, announce).run()
+        try:
+            return Supervisor(wish, output, signals, announce).run()
+        finally:
+            try:
+                writer.flush()
+            except Interrupted as interrupted:
+                # The interpreter's own end would wait for a reader too.
+                os._exit(interrupted.exit_code)
 
 
 def _check(arguments: argparse.Namespace, command: Sequence[str]) -> Passed:

@@ -4,12 +4,10 @@ Invariant: the lines of different ranks never mix, and what a rank said last is 
 the user, which every rank meets, is said once.
 """
 
-import os
 import re
-import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TextIO
 
 from llama_lib.errors import UserError
 
@@ -27,17 +25,20 @@ class Source:
 
 
 class Output:
-    """Both streams of the launcher."""
+    """What is shown on both streams of the launcher.
 
-    def __init__(self, stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
-        self._streams = (stdout or sys.stdout, stderr or sys.stderr)
+    Args:
+        write: takes the stream (0: standard output, 1: standard error) and the text.
+    """
+
+    def __init__(self, write: Callable[[int, str], object]) -> None:
+        self._write = write
         # Who wrote a line of each stream that has not ended yet.
         self._unfinished: list[Source | None] = [None, None]
         self._middle: set[tuple[Source, bool]] = set()  # is in a line that was shown in part
         self._shown: deque[str] = deque(maxlen=_REMEMBERED_LINES)
         self._errors: dict[Source, list[str]] = {}  # from a rank's error message on
         self._mistakes: list[Source] = []
-        self._is_read = [True, True]
 
     def say(self, line: str) -> None:
         """A line of the launcher's own."""
@@ -105,25 +106,6 @@ class Output:
         if self._unfinished[stream] not in (None, source):
             self._write(stream, "\n")
             self._unfinished[stream] = None
-
-    def _write(self, stream: int, text: str) -> None:
-        if not self._is_read[stream]:
-            return
-        try:
-            self._streams[stream].write(text)
-            self._streams[stream].flush()
-        except OSError:
-            # A closed terminal or `head` is no reason to lose a run; it has its own log files.
-            self._is_read[stream] = False
-            # What is left in its buffer would fail again when the launcher ends.
-            with open(os.devnull, "w") as nothing:
-                os.dup2(nothing.fileno(), self._streams[stream].fileno())
-            name = ("standard output", "standard error")[stream]
-            line = f"launch: nobody reads the {name} any more; the job goes on, see its log files\n"
-            self._write(1 - stream, line)
-        except UnicodeEncodeError:
-            encoding = self._streams[stream].encoding
-            self._streams[stream].write(text.encode(encoding, "replace").decode(encoding))
 
 
 def _partition_error(text: str, rank: int) -> tuple[str, str, str]:

@@ -95,7 +95,7 @@ def packages(names: list[str], search: list[str]) -> dict[str, str | None]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """What nvidia-smi lists; an empty list where the host has none.
+    """What nvidia-smi lists of those that a process here may use; empty where the host has none.
 
     Raises:
         RuntimeError: there is an nvidia-smi and it does not work, as after a driver's update.
@@ -103,7 +103,7 @@ def gpus() -> list[dict[str, Any]]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    fields = "index,memory.total,memory.used,driver_version,name"
+    fields = "index,uuid,memory.total,memory.used,driver_version,name"
     command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=GPU_SECONDS
@@ -114,17 +114,32 @@ def gpus() -> list[dict[str, Any]]:
             return []
         first = said.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(first[0])
-    rows = [line.split(", ", 4) for line in said.strip().splitlines()]
+    rows = [line.split(", ", 5) for line in said.strip().splitlines()]
     return [
         {
             "index": row[0],
-            "mib": float(row[1]) if row[1].isdigit() else None,
-            "used_mib": float(row[2]) if row[2].isdigit() else None,
-            "driver": row[3],
-            "name": row[4],
+            "mib": float(row[2]) if row[2].isdigit() else None,
+            "used_mib": float(row[3]) if row[3].isdigit() else None,
+            "driver": row[4],
+            "name": row[5],
         }
-        for row in rows
+        for row in _visible(rows)
     ]
+
+
+def _visible(rows: list[list[str]]) -> list[list[str]]:
+    """The rows that CUDA_VISIBLE_DEVICES chooses, by number or by the beginning of the uuid."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or "MIG-" in chosen:  # nvidia-smi lists whole GPUs, no parts of them
+        return rows
+    found = []
+    for word in chosen.split(","):
+        word = word.strip()
+        fits = [row for row in rows if word == row[0] or (word and row[1].startswith(word))]
+        if len(fits) != 1:
+            break  # As CUDA does: what follows a word that means nothing does not count.
+        found += fits
+    return found
 
 
 def memory() -> int:
@@ -251,7 +266,7 @@ def holder(number: int) -> str | None:
         try:
             if os.readlink(link) in inodes:
                 pid = link.split("/")[2]
-                with open(f"/proc/{pid}/comm") as file:
+                with open(f"/proc/{pid}/comm", errors="replace") as file:
                     return f"pid {pid} ({file.read().strip()})"
         except OSError:
             continue  # Ended meanwhile, or another user's.

@@ -56,12 +56,12 @@ def descendants(ancestor: int) -> list[int]:
         if not entry.isdigit():
             continue
         try:
-            with open(f"/proc/{entry}/stat") as file:
-                # The name in parentheses may hold blanks and parentheses itself.
-                state, parent = file.read().rpartition(")")[2].split()[:2]
+            with open(f"/proc/{entry}/stat", "rb") as file:
+                # The name in parentheses may hold blanks, parentheses and half a character.
+                state, parent = file.read().rpartition(b")")[2].split()[:2]
         except OSError:
             continue
-        if state not in ("Z", "X"):
+        if state not in (b"Z", b"X"):
             children.setdefault(int(parent), []).append(int(entry))
     found, queue = [], [ancestor]
     while queue:
@@ -87,16 +87,17 @@ def kill_descendants(seconds: float) -> list[int]:
     return []
 
 
-def kill_marked(name: str, value: str) -> None:
-    """Kill the processes of this host that were started with a variable, but not this one."""
-    mark = f"{name}={value}".encode()
+def kill_marked(name: str, value: str, spared: str = "") -> None:
+    """Kill the processes of this host that were started with a variable, but not this one, nor
+    those that were started with the other one too, written NAME=VALUE."""
+    mark, spare = f"{name}={value}".encode(), spared.encode()
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
             continue
         with suppress(OSError):  # it has ended, or is another user's
             with open(f"/proc/{entry}/environ", "rb") as file:
-                is_marked = mark in file.read().split(b"\0")
-            if is_marked:
+                variables = file.read().split(b"\0")
+            if mark in variables and (not spare or spare not in variables):
                 os.kill(int(entry), signal.SIGKILL)
 
 

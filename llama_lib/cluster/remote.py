@@ -194,8 +194,12 @@ def _start_there(
 ) -> SshChannel:
     command = f"cd {shlex.quote(workdir)} && exec {shlex.join(argv)}"
     opened: list[Any] = []
-    login = in_background(partial(_log_in, host, command, connect_timeout, opened))
     try:
+        # Before the clock runs: from a network disk this takes seconds at the first time.
+        from fabric import Connection
+
+        make = partial(Connection, host.name, port=host.ssh_port)
+        login = in_background(partial(_log_in, make, command, connect_timeout, opened))
         # paramiko's own timeouts are for each step of a login; this one is for all of them.
         return SshChannel(*login.result(connect_timeout))
     except Exception as error:
@@ -205,13 +209,13 @@ def _start_there(
         raise _translated(host, error, connect_timeout) from None
 
 
-def _log_in(host: Host, command: str, seconds: float, opened: list[Any]) -> tuple[Any, Any]:
+def _log_in(
+    make: Callable[[], Any], command: str, seconds: float, opened: list[Any]
+) -> tuple[Any, Any]:
     """A connection and a running command on it."""
-    import fabric
-
     # What paramiko has to say about a failed login is in the exception too.
     logging.getLogger("paramiko").setLevel(logging.CRITICAL)
-    connection = fabric.Connection(host.name, port=host.ssh_port)
+    connection = make()
     opened.append(connection)
     connection.connect_timeout = max(1, round(seconds))
     # Given to the constructor they would hide those of the user's fabric configuration.

@@ -86,7 +86,9 @@ class Supervisor:
         """Of a user's mistake the rank itself has said all."""
         if outcome.failure is None or outcome.code == UserError.exit_code:
             return
-        how = "ended as asked" if outcome.asked else f"{outcome.failure} first"
+        # A save that failed after a signal ended otherwise than it was asked to.
+        is_as_asked = outcome.asked and outcome.code > 128
+        how = "ended as asked" if is_as_asked else f"{outcome.failure} first"
         self._output.say(f"{how}; exit code {outcome.code}")
 
     def _attempt(self, number: int, before: Outcome | None) -> Outcome:

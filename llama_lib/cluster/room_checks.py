@@ -34,7 +34,10 @@ def gpus(each: Examined, job: Job) -> list[Problem]:
         found.append(Problem(name, "gpus", f"{len(gpus)} GPU(s)", what, mend))
     elif len(gpus) != usual:
         what = f"{len(gpus)} GPU(s), expected {usual} as on most hosts"
-        mend = "`nvidia-smi` there shows what is missing; or take it out of the host file"
+        mend = (
+            "`nvidia-smi` there shows what is missing, if no CUDA_VISIBLE_DEVICES hides it; "
+            "or take the host out of the host file"
+        )
         found.append(Problem(name, "gpus", f"{len(gpus)} GPU(s)", what, mend))
     drivers = Counter(gpu["driver"] for other in job.hosts for gpu in other.facts.get("gpus") or [])
     if gpus and gpus[0]["driver"] != drivers.most_common(1)[0][0]:

@@ -3,8 +3,8 @@
 Invariant: a signal ends a launcher that has started nothing, and is never lost once it has.
 """
 
+import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,4 +73,5 @@ class Signals:
     @staticmethod
     def _refuse_to_pause(*_: Any) -> None:
         # A paused launcher is silent, and the hosts would end the job.
-        print("launch: a running job cannot be paused; Ctrl-C saves and ends it", file=sys.stderr)
+        # Not print: it fails in a handler that interrupts another print.
+        os.write(2, b"launch: a running job cannot be paused; Ctrl-C saves and ends it\n")

@@ -35,7 +35,8 @@ done
 cache="${XDG_CACHE_HOME:-$HOME/.cache}"
 mkdir -p "$cache"
 options+=(--mount "type=bind,source=$cache,target=/home/llama/.cache")
-if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+# No pipe: with pipefail its first part fails when `grep -q` has read enough.
+if grep -q '^GPU ' <<<"$(nvidia-smi -L 2>/dev/null)"; then
     options+=(--gpus all)
 else
     echo "run.sh: no GPU can be seen: running on the CPU" >&2

@@ -34,26 +34,45 @@ class Draw:
     pick: float
 
 
-def _complete(generator: random.Random, moment: str, target: str) -> Draw:
-    most = {STEP: MOST_STEPS, SAVE: MOST_SAVES, EVALUATION: MOST_EVALUATIONS}.get(moment, 1)
-    count, part = generator.randint(1, most), generator.random()
-    return Draw(moment, target, count, part, generator.random())
+def _complete(generator: random.Random, pairs: Sequence[tuple[str, str]]) -> list[Draw]:
+    picks = {
+        target: _spread(generator, [to for _, to in pairs].count(target)) for target in TARGETS
+    }
+    most = {STEP: MOST_STEPS, SAVE: MOST_SAVES, EVALUATION: MOST_EVALUATIONS}
+    draws = []
+    for moment, target in pairs:
+        count, part = generator.randint(1, most.get(moment, 1)), generator.random()
+        draws.append(Draw(moment, target, count, part, picks[target].pop()))
+    return draws
 
 
-def ten_draws(generator: random.Random) -> list[Draw]:
-    """Ten of the twelve pairs of moment and target, each at most once, in a random order.
+def _spread(generator: random.Random, number: int) -> list[float]:
+    """Numbers from 0 to 1, one in each of as many equal parts, in a random order."""
+    spread = [(part + generator.random()) / number for part in range(number)]
+    generator.shuffle(spread)
+    return spread
 
-    The two left out differ in both: every moment occurs at least twice, every target three times.
+
+def twenty_draws(generator: random.Random) -> list[list[Draw]]:
+    """Two halves, each ten of the twelve pairs of moment and target in a random order.
+
+    What a half leaves out differs in both, so that in each half every moment occurs at least twice
+    and every target three times; the other half has it.
     """
-    left_out = set(
-        zip(generator.sample(MOMENTS, 2), generator.sample(TARGETS, 2), strict=True),
-    )
-    pairs = [pair for pair in itertools.product(MOMENTS, TARGETS) if pair not in left_out]
-    generator.shuffle(pairs)
-    return [_complete(generator, moment, target) for moment, target in pairs]
+    halves: list[list[Draw]] = []
+    left_out: set[tuple[str, str]] = set()
+    while len(halves) < 2:
+        few = set(zip(generator.sample(MOMENTS, 2), generator.sample(TARGETS, 2), strict=True))
+        if few & left_out:
+            continue
+        left_out |= few
+        pairs = [pair for pair in itertools.product(MOMENTS, TARGETS) if pair not in few]
+        generator.shuffle(pairs)
+        halves.append(_complete(generator, pairs))
+    return halves
 
 
 def rank_draws(generator: random.Random, moments: Sequence[str]) -> list[Draw]:
     """One killed rank for each of the moments, in a random order."""
     order = generator.sample(list(moments), len(moments))
-    return [_complete(generator, moment, RANK) for moment in order]
+    return _complete(generator, [(moment, RANK) for moment in order])

@@ -39,6 +39,7 @@ class Part:
             "seconds": round(self.disturbed.seconds, 1),
             "hashes_compared": len(self.disturbed.ending.hashes),
             "losses_compared": sum(map(len, self.disturbed.losses.values())),
+            "held_out_losses_compared": len(self.disturbed.ending.held_out),
             "differences": self.differences,
             "kills": [kill.record() for kill in self.disturbed.kills],
         }
@@ -106,7 +107,8 @@ def table(result: dict[str, Any]) -> str:
         lines += ["", f"{run['options']}: {run['command']}"]
         lines += [
             f"  {run['hashes_compared']} files of weights, optimizer and random state and "
-            f"{run['losses_compared']} losses compared: "
+            f"{run['losses_compared']} losses and {run['held_out_losses_compared']} held-out "
+            "losses compared: "
             + ("equal to the bit" if not run["differences"] else "; ".join(run["differences"])),
             "",
             "  kill  moment      target                        reached  resumed  lost  seconds"

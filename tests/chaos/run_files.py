@@ -112,7 +112,10 @@ class RunFiles:
             for name, record in manifest.files.items()
             if name.startswith(_STATE_FILES) and name.endswith(".safetensors")
         }
-        held_out = [json.loads(line) for line in _lines(self.root / "tb" / "eval.jsonl")]
+        held_out = {
+            record["step"]: record
+            for record in map(json.loads, _lines(self.root / "tb" / "eval.jsonl"))
+        }
         training = {record["step"]: record["loss"] for record in records(self.metrics.parent)}
         return Ending(hashes, training, held_out)
 
@@ -123,7 +126,7 @@ class Ending:
 
     hashes: dict[str, str]
     losses: dict[int, float]
-    held_out: list[dict[str, Any]]
+    held_out: dict[int, dict[str, Any]]
 
 
 def _lines(path: Path) -> Iterable[str]:

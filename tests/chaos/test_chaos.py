@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llama_lib.cluster.protocol import GRACE_SECONDS, HOST_LOST_SECONDS, STUCK_SECONDS
-from tests.chaos.draws import MOMENTS, RANK, SAVE, START, STEP, TARGETS, rank_draws, ten_draws
+from tests.chaos.draws import MOMENTS, RANK, SAVE, START, STEP, TARGETS, rank_draws, twenty_draws
 from tests.chaos.harness import Kill, Rhythm
 from tests.chaos.places import TestHosts
 from tests.chaos.report import table
@@ -39,18 +39,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_draws_leave_nothing_out() -> None:
     for seed in range(50):
-        draws = ten_draws(random.Random(seed))
-        moments = Counter(draw.moment for draw in draws)
-        targets = Counter(draw.target for draw in draws)
-        assert set(moments) == set(MOMENTS) and min(moments.values()) >= 2
-        assert set(targets) == set(TARGETS) and min(targets.values()) >= 3
-        assert len({(draw.moment, draw.target) for draw in draws}) == 10
-        assert draws == ten_draws(random.Random(seed))
-    assert ten_draws(random.Random(1)) != ten_draws(random.Random(2))
+        halves = twenty_draws(random.Random(seed))
+        for draws in halves:
+            moments = Counter(draw.moment for draw in draws)
+            targets = Counter(draw.target for draw in draws)
+            assert set(moments) == set(MOMENTS) and min(moments.values()) >= 2
+            assert set(targets) == set(TARGETS) and min(targets.values()) >= 3
+            for target in TARGETS:  # the first and the last of its kind are both hit
+                picks = sorted(draw.pick for draw in draws if draw.target == target)
+                assert 0 <= picks[0] < 0.5 <= picks[-1] < 1
+        assert [len(draws) for draws in halves] == [10, 10]
+        assert len({(draw.moment, draw.target) for draws in halves for draw in draws}) == 12
+        assert halves == twenty_draws(random.Random(seed))
+    assert twenty_draws(random.Random(1)) != twenty_draws(random.Random(2))
 
 
 def test_every_difference_is_found() -> None:
-    expected = Ending({"model/a.safetensors": "1"}, {1: 2.0, 2: 1.5}, [{"step": 2, "losses": {}}])
+    expected = Ending(
+        {"model/a.safetensors": "1"}, {1: 2.0, 2: 1.5}, {2: {"step": 2, "losses": {}}}
+    )
     same = Disturbed([], [], expected, {1: {2.0}, 2: {1.5}}, [], 1.0)
     assert differences(expected, same) == []
 
@@ -61,7 +68,11 @@ def test_every_difference_is_found() -> None:
     assert found(hashes={"model/a.safetensors": "2"}) == ["model/a.safetensors differs"]
     assert found(hashes={}) == ["model/a.safetensors differs"]
     assert found(losses={1: 2.0}) and found(losses={1: 2.0, 2: 1.5, 3: 1.0})
-    assert found(held_out=[]) == ["held-out losses differ"]
+    assert found(held_out={}) == ["step 2: held-out losses differ"]
+    assert found(held_out={2: {"step": 2}}) == ["step 2: held-out losses differ"]
+    stopped = Kill(1, STEP, 0.0, "guard of the agent", None, resumed_at=2)
+    unmeasured = dataclasses.replace(same, ending=dataclasses.replace(expected, held_out={}))
+    assert differences(expected, dataclasses.replace(unmeasured, kills=[stopped])) == []
     # A step that was done twice, once with another loss, and then cut from the records.
     again = dataclasses.replace(same, losses={1: {2.0, 2.1}, 2: {1.5}})
     assert [line[:6] for line in differences(expected, again)] == ["step 1"]

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.draws import Draw, ten_draws
+from tests.chaos.draws import Draw, twenty_draws
 from tests.chaos.harness import Rhythm
 from tests.chaos.report import Part, report
 from tests.chaos.runs import (
@@ -32,13 +32,12 @@ VARIANTS = (("-p", "gemini"), ("-p", "zero2", "--async_save"))
 def twenty_kills(folder: Path, seed: int) -> dict[str, Any]:
     """Both variants at the same time, each on hosts of its own."""
     begun = time.time()
-    generator = random.Random(seed)
+    halves = twenty_draws(random.Random(seed))
     data = prepare_data(folder / "data")
     with ProcessPoolExecutor(len(VARIANTS), get_context("spawn")) as pool:
         started = [
             pool.submit(_ten_kills, folder / f"{number}", Work(*data, RHYTHM, options), draws)
-            for number, options in enumerate(VARIANTS)
-            for draws in [ten_draws(generator)]
+            for number, (options, draws) in enumerate(zip(VARIANTS, halves, strict=True))
         ]
         parts = [future.result() for future in started]
     return report(parts, seed, str(folder), begun)

@@ -16,6 +16,8 @@ SHELL = {
     "WANDB_MODE": "offline",
     "LS_COLORS": "rs=0:di=01;34",
     "CUDA_VISIBLE_DEVICES": "3",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_HOSTID": "login1",
     "OMP_NUM_THREADS": "4",
     "https_proxy": "http://me:pass-word@proxy:3128",
     "http_proxy": "http://proxy:3128",
@@ -35,6 +37,7 @@ def test_only_what_steers_the_libraries_of_a_run():
             "PATH",
             "NCCL_SOCKET_IFNAME",
             "HF_HOME",
+            "CUBLAS_WORKSPACE_CONFIG",
             "OMP_NUM_THREADS",
             "http_proxy",
             "TORCH_LOGS",
@@ -45,7 +48,10 @@ def test_only_what_steers_the_libraries_of_a_run():
 def test_what_a_run_may_miss_is_named_without_its_value():
     held = passed_on(SHELL).held
     assert held == sorted(
-        ["HF_TOKEN", "WANDB_API_KEY", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "https_proxy"]
+        [
+            *("HF_TOKEN", "WANDB_API_KEY", "WANDB_MODE"),
+            *("CUDA_VISIBLE_DEVICES", "NCCL_HOSTID", "https_proxy"),
+        ]
     )
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.launchers import ROOT, Outcome, environment, run_here
+from tests.cluster.launchers import ROOT, TIMEOUT_SECONDS, Outcome, environment, run_here
 
 pytestmark = pytest.mark.distributed
 
@@ -268,6 +269,8 @@ def test_one_ctrl_c_of_a_terminal_asks_every_rank_once(tmp_path):
     command = [*LAUNCH, "--nproc_per_node", "2", "--restarts", "2", str(path), "3", "2"]
     pid, terminal = pty.fork()
     if pid == 0:
+        # Tests that are started in the background inherit that Ctrl-C is ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.chdir(ROOT)
         os.execve(command[0], command, environment(MARK=str(tmp_path)))
     said = b""
@@ -275,6 +278,7 @@ def test_one_ctrl_c_of_a_terminal_asks_every_rank_once(tmp_path):
     def read_until(pattern: bytes) -> None:
         nonlocal said
         while not re.search(pattern, said, re.DOTALL):
+            assert select.select([terminal], [], [], TIMEOUT_SECONDS)[0], said
             try:
                 said += os.read(terminal, 4096)
             except OSError:
@@ -328,6 +332,19 @@ def test_a_second_signal_ends_at_once(tmp_path):
         outcome = run.end(10)
         assert outcome.code == 137, outcome.said
         assert_nothing_left(tmp_path)
+
+
+def test_a_save_that_fails_after_a_signal_is_not_called_as_asked(tmp_path):
+    text = "signal.signal(signal.SIGTERM, lambda *_: os._exit(1))\nprint('ready', flush=True)"
+    path = script(tmp_path, f"{text}\ntime.sleep(60)")
+    with Started(tmp_path, "--nproc_per_node", "1", "--restarts", "1", str(path)) as run:
+        wait_for_text(run.output, "ready")
+        run.process.send_signal(signal.SIGTERM)
+        outcome = run.end(20)
+    assert outcome.code == 1, outcome.said
+    assert "launch: rank 0 on this host ended with exit code 1 first; exit code 1" in outcome.said
+    assert "as asked" not in outcome.said
+    assert "restart 1" not in outcome.said
 
 
 def test_a_job_outlives_the_reader_of_its_output(tmp_path):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from llama_lib.cluster import launch
-from llama_lib.errors import UserError
+from llama_lib.cluster.remote import Host, HostError
+from llama_lib.errors import RunError, UserError
 from tests.cluster.launchers import ROOT
 
 
@@ -63,6 +64,26 @@ def test_wrong_options_are_said_before_anything_starts(tmp_path, monkeypatch):
 def only(hosts: Path) -> str:
     hosts.write_text("node1\n")
     return str(hosts)
+
+
+def test_what_a_single_far_host_is_not_given_is_named(capsys, tmp_path, monkeypatch):
+    """With one host in the file nothing was said."""
+    monkeypatch.setenv("HF_TOKEN", "hf_private_value")
+    monkeypatch.setattr("llama_lib.cluster.link.remote.start", unreachable)
+    monkeypatch.setattr(
+        launch, "open_hosts", lambda names, _: [Host(name, False) for name in names]
+    )
+    hosts = tmp_path / "hosts"
+    hosts.write_text("far-away\n")
+    with pytest.raises(RunError, match="no way leads to it"):
+        launch.main(["--hostfile", str(hosts), "--nproc_per_node", "1", str(ROOT / "pretrain.py")])
+    said = capsys.readouterr().err
+    assert "not passed on to the other hosts:" in said and "HF_TOKEN" in said
+    assert "private" not in said
+
+
+def unreachable(host: Host, *_: object) -> None:
+    raise HostError(host.name, "no way leads to it", "is the host up?")
 
 
 def test_srun_that_starts_it_several_times_is_refused(monkeypatch):

@@ -11,7 +11,8 @@ FAR, FARTHER = Source(8, "node2"), Source(9, "node2")
 class Shown:
     def __init__(self) -> None:
         self.stdout, self.stderr = io.StringIO(), io.StringIO()
-        self.output = Output(self.stdout, self.stderr)
+        streams = (self.stdout, self.stderr)
+        self.output = Output(lambda stream, text: streams[stream].write(text))
 
 
 def test_lines_of_ranks_do_not_mix():

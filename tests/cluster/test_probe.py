@@ -101,8 +101,8 @@ def test_versions_are_read_from_metadata(tmp_path):
 
 
 NVIDIA_SMI = """#!/bin/sh
-echo "0, 81559, 512, 550.54.15, NVIDIA H100, any"
-echo "1, 81559, [N/A], 550.54.15, NVIDIA H100, any"
+echo "0, GPU-1a2b, 81559, 512, 550.54.15, NVIDIA H100, any"
+echo "1, GPU-1a3c, 81559, [N/A], 550.54.15, NVIDIA H100, any"
 """
 
 
@@ -116,6 +116,7 @@ echo "1, 81559, [N/A], 550.54.15, NVIDIA H100, any"
     ids=["two", "none", "no driver"],
 )
 def test_gpus(monkeypatch, tmp_path, script, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if script:
         program = tmp_path / "nvidia-smi"
         program.write_text(script)
@@ -124,6 +125,30 @@ def test_gpus(monkeypatch, tmp_path, script, expected):
     found = probe.gpus()
     assert [(gpu["index"], gpu["used_mib"]) for gpu in found] == expected
     assert all(gpu["name"] == "NVIDIA H100, any" and gpu["mib"] == 81559 for gpu in found)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ("1", ["1"]),
+        ("1,0", ["1", "0"]),
+        (" 0", ["0"]),
+        ("GPU-1a3", ["1"]),
+        ("GPU-1a", []),
+        ("", []),
+        ("-1", []),
+        ("0,7,1", ["0"]),
+        ("MIG-5c", ["0", "1"]),
+    ],
+)
+def test_gpus_that_the_user_hid_are_not_counted(monkeypatch, tmp_path, chosen, expected):
+    """Those of others on a shared host are busy, and processes of a run would not see them."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(NVIDIA_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert [gpu["index"] for gpu in probe.gpus()] == expected
 
 
 def test_a_driver_that_does_not_work_is_no_host_without_gpus(monkeypatch, tmp_path):

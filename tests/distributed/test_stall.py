@@ -100,7 +100,7 @@ def test_work_of_one_process_is_progress_for_all(tmp_path: Path) -> None:
 
 def test_a_thread_that_holds_pythons_lock_ends_a_single_process(tmp_path: Path) -> None:
     outcome = stuck(tmp_path, 0, "holds_the_lock", processes=1)
-    assert outcome.code == 1
+    assert outcome.code == -signal.SIGKILL, "nothing of its own can end it"
     text = ""
     deadline = time.monotonic() + 10
     while "holds_the_lock" not in text and time.monotonic() < deadline:
@@ -110,6 +110,20 @@ def test_a_thread_that_holds_pythons_lock_ends_a_single_process(tmp_path: Path) 
     assert "why: nothing got done for 5 s: a thread holds Python's lock" in text
     said = (tmp_path / "output.txt").read_text()
     assert said.count("stall: nothing got done for 5 s: a thread holds Python's lock") == 1
+
+
+def test_a_run_that_was_suspended_goes_on(tmp_path: Path) -> None:
+    """Ctrl-Z or `scontrol suspend` for longer than the timeout: time in which nothing could be
+    done. faulthandler counted it, and ended the run when it was let go on."""
+    command = [str(tmp_path), "1", "0", "nothing"]
+    with start(WORKER, command, tmp_path / "output.txt", 1) as started:
+        started.wait_until(lambda: (tmp_path / "step-3").exists())
+        started.signal_all(signal.SIGSTOP)
+        time.sleep(SECONDS + 2)
+        started.signal_all(signal.SIGCONT)
+        outcome = started.wait(60)
+    assert outcome.code == 0, outcome.output
+    assert not (tmp_path / "stacks").exists()
 
 
 @pytest.mark.full
@@ -147,7 +161,7 @@ def test_a_job_that_was_suspended_goes_on(tmp_path: Path) -> None:
         workers = [process for process in started._family() if rank_of(process) is not None]
         for process in workers:
             process.send_signal(signal.SIGSTOP)
-        time.sleep(15)  # the last resort, on a clock of its own, would act after 18
+        time.sleep(22)  # faulthandler, on a clock of its own, acts after 14
         for process in workers:
             process.send_signal(signal.SIGCONT)
         outcome = started.wait()
