@@ -1,7 +1,9 @@
 """What a run says when it ends: what it was trained on and what can be done with it now.
 
-Invariant: every command that is shown works as it is written.
+Invariant: every command that is shown works as it is written, whatever is in a path.
 """
+
+import shlex
 
 from llama_lib.checkpoint.manifest import step_directory
 from llama_lib.checkpoint.store import TrainerState
@@ -34,13 +36,18 @@ def what_next(
     lines = [
         "next:",
         "  resume      the same command with --load auto",
-        f"  curves      tensorboard --logdir {options.report.tensorboard_dir}",
+        f"  curves      tensorboard --logdir {_word(options.report.tensorboard_dir)}",
     ]
     best = None
     if state.best is not None:
         best = step_directory(save_dir, state.best["step"])
-        lines.append(f"  best        {best} (held-out loss {state.best['loss']:.4f})")
+        lines.append(f"  best        {_word(best)} (held-out loss {state.best['loss']:.4f})")
     how, served = "--prompt 'Once'", step_directory(save_dir, saved_step or state.step)
     if is_chat:
         how, served = "--chat", best or served
-    return [*lines, f"  try it      python -m llama_lib generate {served} {how}"]
+    return [*lines, f"  try it      python -m llama_lib generate {_word(served)} {how}"]
+
+
+def _word(path: object) -> str:
+    """As a shell takes it for one word."""
+    return shlex.quote(str(path))

@@ -34,7 +34,7 @@ def main(script: str, argv: list[str]) -> int:
             print("\n".join(run.notes + settled + run.describe()))
         return 0
 
-    from llama_lib.watchdog import watched
+    from llama_lib.watch.watchdog import watched
 
     # Before data are prepared: a host that is missing shows now, not in hours.
     with watched(options.watch.start_timeout) as watchdog:

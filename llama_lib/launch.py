@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llama_lib.cluster.probe import own_address
 from llama_lib.errors import RunError, UserError
 
 # A run whose meeting point has one of these names cannot be on several hosts.
@@ -104,7 +105,7 @@ def network_problems() -> list[str]:
     if not is_known or on_one_host() or os.environ.get("GLOO_SOCKET_IFNAME"):
         return []
     name = socket.gethostname()
-    address = _address_of(name)
+    address = own_address()
     if address is not None and not ipaddress.ip_address(address).is_loopback:
         return []
     meaning = "has no address of its own here" if address is None else f"means {address} here"
@@ -113,22 +114,6 @@ def network_problems() -> list[str]:
         "GLOO_SOCKET_IFNAME to the network interface that leads to them (`ip -br address` lists "
         f"all), or give {name} its network address in /etc/hosts."
     ]
-
-
-def _address_of(name: str) -> str | None:
-    """The first address of `name` that a server can be bound to: gloo's rule."""
-    try:
-        candidates = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except socket.gaierror:
-        return None
-    for family, kind, protocol, _, address in candidates:
-        try:
-            with socket.socket(family, kind, protocol) as server:
-                server.bind(address)
-        except OSError:
-            continue
-        return str(address[0])
-    return None
 
 
 def start_process_group(

@@ -93,6 +93,13 @@ class MetricsSink:
                     self._events.add_scalar(f"{group}/{source}", value, step)
             self._events.flush()
 
+    def has_eval(self, step: int) -> bool:
+        """Whether eval.jsonl has a record of a step; False on all but the writer."""
+        if self._events is None:
+            return False
+        with open(self._evals.name, encoding="utf-8") as file:
+            return any(json.loads(line)["step"] == step for line in file)
+
     @contextlib.contextmanager
     def _tolerant(self) -> Iterator[None]:
         """A full disk costs records, said once, not the run."""

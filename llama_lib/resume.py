@@ -91,7 +91,7 @@ def starting_point(run: Run, say: Any) -> tuple[TrainerState, Path | None]:
     _keep_model_path(run, state, checkpoint, say)
     for line in option_differences(state.options, options.to_dict()):
         say(line)
-    if change := _other_batch(checkpoint, state, run.plan):
+    if change := _other_batch(checkpoint, state, options, run.plan):
         say(change)
     run.plan = continued_plan(run, state)
     _skip_steps(run, state, say)
@@ -217,7 +217,9 @@ def option_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[s
     return lines
 
 
-def _other_batch(checkpoint: Path, state: TrainerState, plan: BatchPlan) -> str | None:
+def _other_batch(
+    checkpoint: Path, state: TrainerState, options: Options, plan: BatchPlan
+) -> str | None:
     """One line if a step takes another number of rows than before: --batch_size is of one GPU."""
     saved = state.options["training"]
     before = Layout(**Manifest.read(checkpoint).layout).dp
@@ -228,9 +230,23 @@ def _other_batch(checkpoint: Path, state: TrainerState, plan: BatchPlan) -> str 
         return None
     return (
         f"the global batch was {rows} rows, now {plan.global_batch} ({before} data-parallel "
-        f"processes then, {plan.dp} now); --global_batch_tokens {rows * plan.max_length} keeps it "
-        "on any number of them"
+        f"processes then, {plan.dp} now); {_what_keeps(rows, options, plan)}"
     )
+
+
+def _what_keeps(rows: int, options: Options, plan: BatchPlan) -> str:
+    """The options with which so many rows are a step of these processes, or that there are none."""
+    each, rest = divmod(rows, plan.dp)
+    micro = options.parallel.microbatch_size or 1
+    sizes = [
+        size
+        for size in range(micro, options.training.batch_size + 1, micro)
+        if rest == 0 and each % size == 0 and each // micro >= options.parallel.pp
+    ]
+    if not sizes:
+        return f"no --global_batch_tokens keeps it: {rows} rows have no equal parts for that many"
+    batch = "" if sizes[-1] == options.training.batch_size else f"-b {sizes[-1]} "
+    return f"{batch}--global_batch_tokens {rows * plan.max_length} keeps it"
 
 
 def _cannot_skip(options: Options, state: TrainerState) -> str | None:

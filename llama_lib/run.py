@@ -26,16 +26,17 @@ from llama_lib.config import Options, dump_yaml
 from llama_lib.data.loader import BatchLoader
 from llama_lib.data.prepared import PreparedDataset
 from llama_lib.engine import Engine
-from llama_lib.errors import LlamaLibError, RunError
+from llama_lib.errors import JobError, LlamaLibError, RunError
 from llama_lib.evaluate import HeldOut
 from llama_lib.launch import start_process_group
+from llama_lib.lease import leased
 from llama_lib.memory_check import MemoryCheck, planned_job
 from llama_lib.preflight import Run
 from llama_lib.resume import starting_point
-from llama_lib.roll_call import Crew
-from llama_lib.topology import topology
 from llama_lib.trainer import Trainer
-from llama_lib.watchdog import Watchdog
+from llama_lib.watch.roll_call import Crew
+from llama_lib.watch.topology import topology
+from llama_lib.watch.watchdog import Watchdog
 
 logger = logging.getLogger("llama_lib")
 
@@ -51,12 +52,24 @@ def train(run: Run, watchdog: Watchdog) -> int:
     except LlamaLibError as error:
         logger.error("%s", error)
         raise
-    except BaseException:
+    except BaseException as error:
         logger.exception("this process ends")
+        if _is_lost_peer(error):
+            raise JobError(
+                "the connection to another process broke: it has ended, or its host is gone; its "
+                f"own output says why (what broke here: {options.checkpoint.save_dir}/logs). The "
+                "checkpoints are untouched: --load auto goes on from the newest."
+            ) from None
         raise
     # Only here: after an error other ranks may be gone, and leaving the group in order would hang.
     dist.destroy_process_group()
     return code
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone, as gloo and NCCL say it."""
+    signs = "gloo/transport", "Connection closed by peer", "Connection reset by peer", "ncclRemote"
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 @contextlib.contextmanager
@@ -75,6 +88,29 @@ def _train(run: Run, device: torch.device, crew: Crew) -> int:
     say = _say if dist.get_rank() == 0 else logger.info
     for line in topology(crew, device):
         say(line)
+    with _sole_writer(options, say):
+        return _begin(run, device, say)
+
+
+@contextlib.contextmanager
+def _sole_writer(options: Options, say: Callable[[str], None]) -> Iterator[None]:
+    """No other run writes to --save_dir until the block ends; a run that never saves may share."""
+    problem: LlamaLibError | None = None
+    with contextlib.ExitStack() as stack:
+        if dist.get_rank() == 0 and options.checkpoint.save_interval is not None:
+            try:
+                stack.enter_context(leased(options.checkpoint.save_dir, say))
+            except LlamaLibError as error:
+                problem = error
+        problem = coordination.from_rank_0(problem)
+        if problem is not None:
+            raise problem
+        yield
+
+
+def _begin(run: Run, device: torch.device, say: Callable[[str], None]) -> int:
+    """From the state that the run starts in, which is on disk or nowhere."""
+    options = run.options
     state, checkpoint = starting_point(run, say)
     if state.step >= run.plan.num_steps:
         say(f"step {state.step} of {run.plan.num_steps} is done already: nothing to train.")

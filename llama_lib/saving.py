@@ -18,7 +18,7 @@ import torch.distributed as dist
 from llama_lib import coordination
 from llama_lib.checkpoint import store, writing
 from llama_lib.checkpoint.background import Background
-from llama_lib.checkpoint.manifest import Manifest, step_directory
+from llama_lib.checkpoint.manifest import Manifest, step_directory, whole_checkpoints
 from llama_lib.checkpoint.staging import HostMemory, Staged
 from llama_lib.checkpoint.state import held_state
 from llama_lib.checkpoint.store import TrainerState
@@ -74,6 +74,7 @@ class Saver:
         self.consumed: dict[str, int] = {}
         self._consumed_before = dict(state.consumed)
         self.saved_step = state.step if state.step else None
+        self._first_step = state.step
         self._background: Background | None = None
         self._memory: HostMemory | None = None
         if options.checkpoint.async_save and options.checkpoint.save_interval is not None:
@@ -97,7 +98,7 @@ class Saver:
                 a failure ends the run.
 
         Raises:
-            RunError: on every rank.
+            JobError: on every rank.
         """
         begin = time.perf_counter()
         self._wait_for_writer()
@@ -113,7 +114,7 @@ class Saver:
                 self.say(f"saved {draft.final}")
         except RunError as error:
             if is_last:
-                raise
+                raise self._end(f"the last save failed: {error}") from None
             self.state.best = best
             # A full disk now may have room at the next interval: losing the run helps nobody.
             self.say(f"warning: {error} Training goes on; the next save is tried as planned.")
@@ -142,10 +143,34 @@ class Saver:
 
         Called by all ranks once one of them has failed; others may not know yet.
         """
+        raise self._end(self._failure())
+
+    def _failure(self) -> str:
+        """What went wrong beside the training: the words of the first rank that failed."""
         assert self._background is not None
         failures = coordination.gather(self._background.failure)
         self._patience = 0.0  # where others failed, this rank's thread may wait for them in vain
-        raise JobError(f"--async_save: {next(filter(None, failures))}")
+        return f"--async_save: {next(filter(None, failures))}"
+
+    def _end(self, problem: str) -> JobError:
+        """The end of the run that could not be saved: what is left of it, and how to go on."""
+        checkpoint, step = self.options.checkpoint, self.state.step
+        try:
+            whole = whole_checkpoints(checkpoint.save_dir)
+        except OSError as error:
+            return JobError(f"{problem} {checkpoint.save_dir} cannot be read either: {error}.")
+        begin = int(whole[0].name.removeprefix("step-")) if whole else self._first_step
+        if whole:
+            left = f"The newest whole checkpoint is {whole[0]}: {step - begin} step(s) since then"
+            then = "the same command with --load auto goes on from there"
+        else:
+            left = f"No whole checkpoint is in {checkpoint.save_dir}: {step - begin} step(s)"
+            then = "start the same command again"
+        room = "" if checkpoint.keep_last == 1 else "; --keep_last N keeps the newest N only"
+        return JobError(
+            f"{problem.rstrip('.')}. {left} are lost. Once that is mended (a full disk: free space"
+            f"{room}), {then}."
+        )
 
     def close(self) -> None:
         """The loop has ended, perhaps in an error: finish what is under way, with some patience."""
@@ -160,8 +185,11 @@ class Saver:
             return
         begin = time.perf_counter()
         # Also where this rank's thread has ended: all ranks have to ask each other alike.
-        if self._settle(f"waiting until the checkpoint of step {self._latest} is written"):
-            self.say(f"waited {time.perf_counter() - begin:.1f} s for it")
+        try:
+            if self._settle(f"waiting until the checkpoint of step {self._latest} is written"):
+                self.say(f"waited {time.perf_counter() - begin:.1f} s for it")
+        except RunError as error:
+            raise self._end(str(error)) from None
         self._latest = None
         self.step_done()
 
@@ -176,7 +204,7 @@ class Saver:
         while True:
             ranks = coordination.gather((self._background.is_busy, self.has_failed))
             if any(has_failed for _, has_failed in ranks):
-                self.fail()
+                raise RunError(self._failure())
             if not any(is_busy for is_busy, _ in ranks):
                 return was_busy
             if waiting and not was_busy:

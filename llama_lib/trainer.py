@@ -111,6 +111,7 @@ class Trainer:
         batches = self.loader.steps(self.state.step, self.plan.num_steps)
         try:
             with self.garbage.between_steps(), self.measurement.of_steps() as self.watch:
+                self._make_up_for_measuring()
                 with profiled(self.options, self.state.step, self.say) as step_is_done:
                     for rows in batches:
                         requests.ask(self.saver.has_failed)
@@ -245,6 +246,20 @@ class Trainer:
             return True
         interval = self.options.report.eval_interval
         return interval > 0 and (step % interval == 0 or last)
+
+    def _make_up_for_measuring(self) -> None:
+        """A run that was asked to end at a step saved it and left out measuring it."""
+        step = self.state.step
+        if step == 0 or not self._is_measured(step, last=False, saves=False):
+            return
+        if coordination.from_rank_0(self.sink.has_eval(step)):
+            return
+        if self.engine.layout.plugin == "gemini_auto":
+            # Its first forward pass has to be one of training: that is how it learns what to move.
+            self.say(f"held-out loss at step {step}: left out, gemini_auto cannot make up for it")
+            return
+        with self._paused("other"):
+            self._evaluate()
 
     # -- what a step leaves behind ---------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from llama_lib.cli import run_command
-from llama_lib.roll_call import alone
+from llama_lib.watch.roll_call import alone
 
 
 class Ended(NamedTuple):
@@ -32,7 +32,7 @@ def command_of(
     # A mistake that is not found fails its test at once, not after a training run.
     monkeypatch.setattr("llama_lib.run.train", lambda *_: 0)
     # Of several processes only this one is there.
-    monkeypatch.setattr("llama_lib.watchdog.call_roll", lambda seconds: alone())
+    monkeypatch.setattr("llama_lib.watch.watchdog.call_roll", lambda seconds: alone())
 
     def command(*argv: str, processes: int = 1) -> Ended:
         monkeypatch.setenv("WORLD_SIZE", str(processes))

@@ -243,6 +243,22 @@ def test_auto_passes_over_damage_and_says_so(save, tmp_path):
     assert [line.split()[0] for line in lines] == [third.name, second.name]
 
 
+@pytest.mark.parametrize("load", ["auto", "named"])
+def test_what_is_left_of_a_killed_save_is_named(save, tmp_path, load):
+    first = save(1)
+    for name in ("step-00000003.tmp", "step-00000002.tmp", "latest.tmp"):
+        (tmp_path / name).mkdir()
+    found, lines = store.find_checkpoint("auto" if load == "auto" else str(first), str(tmp_path))
+    assert found == first
+    assert lines == [
+        f"step-00000002.tmp, step-00000003.tmp in {tmp_path}: what is left of a save that did not "
+        "finish; it is never loaded, and the next save removes it"
+    ]
+    shutil.rmtree(first)
+    found, lines = store.find_checkpoint("auto", str(tmp_path))
+    assert found is None and "step-00000002.tmp" in lines[0] and "starting afresh" in lines[1]
+
+
 def test_auto_with_only_damage_ends_and_with_nothing_starts_afresh(save, tmp_path):
     assert store.find_checkpoint("auto", str(tmp_path)) == (
         None,

@@ -46,6 +46,14 @@ def test_records_have_the_agreed_keys_in_order(tmp_path):
     }
 
 
+def test_a_resumed_run_knows_what_was_measured(tmp_path):
+    write_steps(tmp_path, range(1, 4))
+    sink = MetricsSink(tmp_path, 3, is_writer=True)  # cuts step 3
+    assert [sink.has_eval(step) for step in (1, 2, 3)] == [True, True, False]
+    sink.close()
+    assert not MetricsSink(tmp_path, 3, is_writer=False).has_eval(1)
+
+
 def test_records_are_on_disk_at_once(tmp_path):
     sink = MetricsSink(tmp_path, 1, is_writer=True)
     sink.log(record(1))

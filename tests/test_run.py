@@ -1,6 +1,7 @@
 """Resuming: what changed is said, what is left is planned, newer checkpoints are set aside."""
 
 import contextlib
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +13,13 @@ from llama_lib.checkpoint.store import TrainerState
 from llama_lib.config import parse_options
 from llama_lib.data.order import RowOrder
 from llama_lib.errors import UserError
-from llama_lib.layout import layout_of, plan_batches
+from llama_lib.layout import accumulation_of, layout_of, plan_batches
 from llama_lib.resume import (
     _cannot_skip,
     _facts,
     _refuse_other_run,
     _skip_steps,
+    _what_keeps,
     continued_plan,
     option_differences,
 )
@@ -46,6 +48,29 @@ def test_other_batch_goes_on_with_the_next_unseen_sample():
     plan = continued_plan(run, state(100, 400, 4000))
     assert plan.num_steps == 100 + (1000 - 400) // 8
     assert plan.dropped_rows == (1000 - 400) % 8
+
+
+@pytest.mark.parametrize(
+    ("rows", "processes", "options", "words"),
+    [
+        (8, 1, ["-b", "4"], "--global_batch_tokens 80 keeps it"),
+        (8, 3, ["-b", "4"], "no --global_batch_tokens keeps it: 8 rows have no equal parts for"),
+        (8, 4, ["-b", "4"], "-b 2 --global_batch_tokens 80 keeps it"),
+        (12, 2, ["-b", "4"], "-b 3 --global_batch_tokens 120 keeps it"),
+    ],
+)
+def test_what_keeps_the_global_batch_is_said_only_where_it_does(rows, processes, options, words):
+    """`keeps it on any number of them` was refused on three processes."""
+    run = planned([*options, "--max_steps", "100"])
+    run.plan = dataclasses.replace(run.plan, dp=processes)
+    said = _what_keeps(rows, run.options, run.plan)
+    assert said.startswith(words)
+    for size in (1, 2, 3, 4):
+        chosen = parse_options("pretrain", ["-b", str(size), "--global_batch_tokens", f"{rows}0"])
+        fits = isinstance(accumulation_of(chosen, processes, run.plan.max_length), int)
+        assert fits or f"-b {size} " not in said
+    if said.startswith("no "):
+        assert not fits
 
 
 def test_limits_count_the_whole_run():

@@ -195,6 +195,50 @@ def test_a_failed_writer_ends_the_run_with_the_older_checkpoint(run, monkeypatch
     assert not [line for line in run.said if "step-00000002" in line]
 
 
+LOST = (
+    "Older checkpoints are untouched. The newest whole checkpoint is {0}/step-00000001: 4 step(s) "
+    "since then are lost. Once that is mended (a full disk: free space; --keep_last N keeps the "
+    "newest N only), the same command with --load auto goes on from there."
+)
+ALL_LOST = (
+    "No space left on device. No whole checkpoint is in {0}: 5 step(s) are lost. Once that "
+    "is mended (a full disk: free space; --keep_last N keeps the newest N only), start the same "
+    "command again."
+)
+
+
+@pytest.mark.parametrize(("is_saved", "words"), [(True, LOST), (False, ALL_LOST)])
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_run_that_cannot_be_saved_says_once_what_is_lost_and_left(
+    engine, tmp_path, monkeypatch, async_save, is_saved, words
+):
+    """Each rank had a message of its own, which spoke of older checkpoints where there were none,
+    and of nothing else."""
+    run = Run(engine, tmp_path, async_save=async_save)
+    if is_saved:
+        run.save(1, is_last=True)
+    (tmp_path / "step-00000003.tmp").mkdir()
+    (tmp_path / "step-00000004").mkdir()  # its manifest was removed first: it is not whole
+    broken_writing(monkeypatch, FULL)
+    if async_save:
+        run.save(2)
+        run.written()
+    with pytest.raises(JobError) as failed:
+        run.save(5, is_last=True)
+    message = str(failed.value)
+    begin = "--async_save: " if async_save else "the last save failed: "
+    assert message.startswith(f"{begin}checkpoint {tmp_path}/step-0000000")
+    assert message.endswith(words.format(tmp_path))
+    assert is_saved or "untouched" not in message
+
+
+def test_one_kept_checkpoint_is_not_told_to_keep_fewer(engine, tmp_path, monkeypatch):
+    run = Run(engine, tmp_path, async_save=False, keep_last=1)
+    broken_writing(monkeypatch, FULL)
+    with pytest.raises(JobError, match=r"\(a full disk: free space\), start"):
+        run.save(5, is_last=True)
+
+
 @pytest.mark.parametrize("error", [MemoryError("no room"), SystemExit(3)])
 def test_no_error_of_the_thread_is_lost(run, monkeypatch, error):
     def broken(*args: Any) -> None:

@@ -366,6 +366,8 @@ def ended(*words: str, folder: Path = ROOT, **variables: str) -> "subprocess.Com
     ("text", "message"),
     [
         ("node1 slots=8\n", "line 1: got 'node1 slots=8', expected one host name or address"),
+        # Regression: it named only the option of a command that the user had not typed.
+        ("node1 slots=8\n", "--nproc_per_node 8 (to a benchmark script: NPROC=8)"),
         ("# mine\nnode1\n", "line 1: got '# mine', expected one host name or address"),
         ("node1\nnode2\nnode1\n", "line 3: got 'node1', which line 1 names already"),
         ("$(touch here)\n", "line 1: got '$(touch here)', expected one host name or address"),

@@ -80,6 +80,11 @@ def step_directories(save_dir: str | Path) -> list[Path]:
     )
 
 
+def whole_checkpoints(save_dir: str | Path) -> list[Path]:
+    """Those whose save has finished, newest first; what is in them is not looked at."""
+    return [d for d in step_directories(save_dir) if (d / MANIFEST).is_file()]
+
+
 def file_record(path: Path) -> FileRecord:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -252,8 +257,7 @@ def remove_old(save_dir: Path, keep_last: int | None, best: Path | None = None) 
     """
     if keep_last is None:
         return
-    complete = [d for d in step_directories(save_dir) if (d / MANIFEST).is_file()]
-    for directory in complete[keep_last:]:
+    for directory in whole_checkpoints(save_dir)[keep_last:]:
         if directory == best:
             continue
         # The manifest goes first: a half-deleted directory must not look complete.

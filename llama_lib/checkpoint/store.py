@@ -30,7 +30,14 @@ from llama_lib.checkpoint.parts import STATE
 from llama_lib.checkpoint.state import scatter_optimizer
 from llama_lib.checkpoint.tensors import TensorReader
 from llama_lib.checkpoint.weights import load_weights
-from llama_lib.checkpoint.writing import CHECK_NAME, OPTIMIZER_INDEX, Description, Draft, Live
+from llama_lib.checkpoint.writing import (
+    CHECK_NAME,
+    LEFTOVERS,
+    OPTIMIZER_INDEX,
+    Description,
+    Draft,
+    Live,
+)
 from llama_lib.data.position import Position
 from llama_lib.engine import Engine
 from llama_lib.errors import RunError, UserError
@@ -153,18 +160,19 @@ def find_checkpoint(
         UserError: every good checkpoint that `auto` found is unfit.
         RunError: the named checkpoint, or every one that `auto` found, is damaged.
     """
+    lines = coordination.from_rank_0(_unfinished(save_dir))
     if load != "auto":
         problems = verify_distributed(Path(load))
         if problems:
             raise RunError(f"--load {load} is damaged: {'; '.join(problems[:5])}")
-        return Path(load), []
+        return Path(load), lines
     passed_over, reason = [], None
     for directory in coordination.from_rank_0(step_directories(save_dir)):
         problems = verify_distributed(directory)
         if not problems:
             reason = unfit(read_state(directory))
             if reason is None:
-                return directory, passed_over
+                return directory, [*passed_over, *lines]
             passed_over.append(f"{directory.name} is passed over: {reason}")
             continue
         passed_over.append(f"{directory.name} is damaged, passed over: {'; '.join(problems[:3])}")
@@ -172,7 +180,18 @@ def find_checkpoint(
         raise UserError(f"--load auto: no checkpoint in {save_dir} is old enough: {reason}.")
     if passed_over:
         raise RunError(f"--load auto: no good checkpoint in {save_dir}: " + " | ".join(passed_over))
-    return None, [f"--load auto: no checkpoint in {save_dir}, starting afresh"]
+    return None, [*lines, f"--load auto: no checkpoint in {save_dir}, starting afresh"]
+
+
+def _unfinished(save_dir: str) -> list[str]:
+    """One line if there is something of saves that were killed."""
+    found = sorted({path.name for name in LEFTOVERS for path in Path(save_dir).glob(name)})
+    if not found:
+        return []
+    return [
+        f"{', '.join(found)} in {save_dir}: what is left of a save that did not finish; it is "
+        "never loaded, and the next save removes it"
+    ]
 
 
 def read_state(directory: Path) -> TrainerState:

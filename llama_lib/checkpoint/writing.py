@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ from llama_lib.checkpoint.manifest import (
     size_problems,
     sync_directory,
     sync_file,
+    whole_checkpoints,
     write_json,
 )
 from llama_lib.checkpoint.parts import STATE, Entry
@@ -228,9 +229,12 @@ def _whole_or_gone(draft: Draft, action: Any, *args: Any) -> None:
         action(*args)
     except Exception as failure:
         shutil.rmtree(draft.temporary, ignore_errors=True)
+        older = ""
+        with suppress(OSError):  # a disk that fails may not even be read
+            if whole_checkpoints(draft.temporary.parent):
+                older = " Older checkpoints are untouched."
         raise OSError(
-            f"checkpoint {draft.final or draft.temporary} could not be written: {failure}. Older "
-            "checkpoints are untouched."
+            f"checkpoint {draft.final or draft.temporary} could not be written: {failure}.{older}"
         ) from None
 
 

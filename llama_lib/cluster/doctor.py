@@ -13,19 +13,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_lib.cluster import ports
 from llama_lib.cluster.environment import passed_on
 from llama_lib.cluster.examination import Questions, examine
 from llama_lib.cluster.hostfile import read_hostfile
 from llama_lib.cluster.judgement import CHECKS, not_made, problems_of
 from llama_lib.cluster.problem import Job, Problem
 from llama_lib.cluster.remote import Host, open_hosts
-from llama_lib.cluster.speed_check import Speeds, measure, slow_ones, speed_lines
+from llama_lib.cluster.speed_check import (
+    DEADLINE_SECONDS,
+    Speeds,
+    measure,
+    slow_ones,
+    speed_lines,
+)
 from llama_lib.config import Options
 from llama_lib.flops import num_parameters
 from llama_lib.models import model_shape
 
 ROOT = Path(__file__).resolve().parents[2]
-MASTER_PORT = 29500
 # With one of these a host would spoil the measurement of all, or cannot take part.
 _UNFIT = {"ssh", "code", "python", "packages", "gpus", "network"}
 # A weight in bfloat16 with its fp32 master and two moments.
@@ -128,6 +134,13 @@ def _measure(
     taken = any(problem.check == "port" for problem in problems)
     port = job.questions.port + taken
     found: list[Problem] = []
+    at_most = DEADLINE_SECONDS * (2 if alone and on_gpu else 1)
+    what = "importing ColossalAI and measuring" if alone else "measuring"
+    print(
+        f"{what} the speed of {_counted(len(fit), 'host')}, at most {at_most} s (--no-speed leaves "
+        "it out) ...",
+        flush=True,
+    )
 
     def measured(per_host: int, with_gpus: bool, variables: dict[str, str]) -> Speeds:
         hosts = [each.host for each in fit]
@@ -174,7 +187,7 @@ def _next(arguments: argparse.Namespace, job: Job, argv: list[str], problems: in
     if arguments.hostfile:
         words += ["--hostfile", arguments.hostfile]
     words += ["--nproc_per_node", str(job.per_host())]
-    if arguments.master_port != MASTER_PORT:
+    if arguments.master_port != ports.DEFAULT_PORT:
         words += ["--master_port", str(arguments.master_port)]
     if arguments.ssh_port:
         words += ["--ssh_port", str(arguments.ssh_port)]
@@ -229,7 +242,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--cache_dir", default=defaults.data.cache_dir, help="[%(default)s]")
     add("--config", "-c", metavar="MODEL", help="model, for the room that its checkpoint needs")
     add(
-        "--master_port", type=port, default=MASTER_PORT, help="port of the first host [%(default)s]"
+        "--master_port",
+        type=port,
+        default=ports.DEFAULT_PORT,
+        help="port of the first host [%(default)s]",
     )
     add("--ssh_port", type=port, help="where ~/.ssh/config does not say it [22]")
     add("--no-speed", action="store_true", help="leave out the measurement, which takes longest")

@@ -4,6 +4,7 @@ Invariant: a file that is accepted here means the same hosts to ColossalAI's lau
 lines are found in one go, each with what to write instead.
 """
 
+import codecs
 import ipaddress
 import re
 from pathlib import Path
@@ -11,6 +12,12 @@ from pathlib import Path
 from llama_lib.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\.?")
+# What editors of other systems write first.
+_MARKS = (
+    (codecs.BOM_UTF8, "UTF-8"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 _EXPECTED = "expected one host name or address per line and nothing else"
 
 
@@ -51,9 +58,17 @@ def _text(path: Path) -> str:
     if not path.is_file() and not path.is_fifo():
         raise UserError(f"host file {path}: not a file; {mend}.")
     try:
-        text = path.read_bytes().decode("utf-8")
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"host file {path}: {error.strerror}; {mend}.") from None
+    for mark, encoding in _MARKS:
+        if data.startswith(mark):
+            raise UserError(
+                f"host file {path}: begins with the byte order mark of {encoding}, which "
+                "would be a part of the first name; save it as UTF-8 without a byte order mark."
+            )
+    try:
+        text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"host file {path}: not text; {mend}.") from None
     if "\0" in text:
@@ -77,7 +92,10 @@ def _mend(written: str) -> str | None:
     if written.startswith("#"):
         return "delete it: ColossalAI's launcher takes a comment for a host"
     if slots := re.fullmatch(r"(\S+)\s+(?:max_)?slots\s*=\s*(\d+).*", written):
-        return f"write {slots[1]} and pass --nproc_per_node {slots[2]}"
+        return (
+            f"write {slots[1]} and pass --nproc_per_node {slots[2]} (to a benchmark script: "
+            f"NPROC={slots[2]})"
+        )
     if "#" in written and (name := written.split("#")[0].strip()) and _mend(name) is None:
         return f"write {name}: ColossalAI's launcher takes a comment for a part of the name"
     if "[" in written and "]" in written:
@@ -89,7 +107,10 @@ def _mend(written: str) -> str | None:
     if port := re.fullmatch(r"([\w.-]+):(\d+)", written):
         return f"write {port[1]}; an ssh port is given by --ssh_port or in ~/.ssh/config"
     if len(written.split()) > 1 and _mend(written.split()[0]) is None:
-        return f"write {written.split()[0]}; processes per host are given by --nproc_per_node"
+        return (
+            f"write {written.split()[0]}; processes per host are given by --nproc_per_node (to a "
+            "benchmark script: NPROC=)"
+        )
     if re.fullmatch(r"[\d.]+", written):
         return "this is no IPv4 address; correct it"
     if not _NAME.fullmatch(written) or ".." in written:

@@ -79,13 +79,15 @@ class Outcome:
     """How an attempt ended.
 
     `code` is the job's exit code; `asked` says that it was to end, by a signal or a mistake in the
-    options, so that starting again would be wrong.
+    options, so that starting again would be wrong; `at_once`, that ranks were killed on a second
+    signal.
     """
 
     code: int
     asked: bool = False
     failure: Failure | None = None
     lost: list[str] = field(default_factory=list)
+    at_once: bool = False
 
 
 @dataclass
@@ -137,6 +139,8 @@ class Job:
         """
         try:
             self._get_ready()
+            if self._plan.attempt == 0:  # of a restart there is a line already
+                self._say_start()
             with self._signals.kept():
                 self._tell({"go": 1})
                 self._follow()
@@ -169,6 +173,12 @@ class Job:
             place.is_ready = True
         if problems:
             raise NotReady(problems)
+
+    def _say_start(self) -> None:
+        """The scripts themselves say nothing until they have imported what they need."""
+        names = ", ".join(place.link.host.name for place in self._places)
+        processes = self._plan.nproc * len(self._places)
+        self._output.say(f"starting {processes} process(es) on {names}")
 
     def _description(self, place: _Place) -> Message:
         plan = self._plan
@@ -298,7 +308,10 @@ class Job:
         asked = bool(self._asked) or first.code == UserError.exit_code or self._is_asked_end()
         # Other hosts' ranks miss a lost one's before the launcher does.
         hosts = [failure for _, failure in failures if failure.code is None]
-        return Outcome(code, asked, hosts[0] if hosts else first, self._lost)
+        at_once = len(self._asked) > 1 and any(
+            failure.code == -signal.SIGKILL for _, failure in failures
+        )
+        return Outcome(code, asked, hosts[0] if hosts else first, self._lost, at_once)
 
     def _end(self) -> None:
         self._output.finish()

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from llama_lib.cluster import ports
@@ -25,7 +26,7 @@ from llama_lib.cluster.writer import Writer
 from llama_lib.errors import UserError
 from llama_lib.private import masked
 
-DEFAULT_PORT = 29500
+ROOT = Path(__file__).resolve().parents[2]
 _LOCAL_NAMES = ("localhost", "::1", "0.0.0.0", "::")
 _SWITCHES = ("--print_only", "--help", "-h")
 
@@ -43,7 +44,9 @@ def _count(text: str) -> int:
 
 
 def _count_or_zero(text: str) -> int:
-    return 0 if text == "0" else _count(text)
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0")
+    return int(text)
 
 
 def _port(text: str) -> int:
@@ -92,7 +95,7 @@ def _parser() -> _Parser:
         "--master_port",
         type=_port,
         metavar="PORT",
-        help=f"the port there [{DEFAULT_PORT}; a free one without a host file]",
+        help=f"the port there [{ports.DEFAULT_PORT}; a free one without a host file]",
     )
     add("--ssh_port", type=_port, metavar="PORT", help="of all hosts [~/.ssh/config, else 22]")
     add(
@@ -171,11 +174,8 @@ def _check(arguments: argparse.Namespace, command: Sequence[str]) -> Passed:
             "launch: got no script; expected one behind the options, as in "
             "python -m llama_lib launch --nproc_per_node 8 pretrain.py -c 7b"
         )
-    elif not os.path.isfile(command[0]):
-        problems.append(
-            f"launch: {command[0]!r} is no file in {os.getcwd()}; the first word that is no option "
-            "of launch is the script."
-        )
+    else:
+        problems += _script_problems(command[0])
     if arguments.hostfile is None:
         for name in ("num_nodes", "min_nodes"):
             if (getattr(arguments, name) or 1) > 1:
@@ -188,6 +188,19 @@ def _check(arguments: argparse.Namespace, command: Sequence[str]) -> Passed:
     if problems:
         raise UserError(problems)
     return passed
+
+
+def _script_problems(script: str) -> list[str]:
+    """Why the first word that is no option cannot be run; empty if it can."""
+    rule = "the first word that is no option of launch is the script."
+    if not script.endswith(".py"):
+        # The ranks would give whatever it is to Python.
+        return [f"launch: got {script!r}, expected a Python script, named *.py; {rule}"]
+    if os.path.isfile(script):
+        return []
+    own = ROOT / Path(script).name
+    known = f" (there is {own})" if own.is_file() else ""
+    return [f"launch: {script!r} is no file in {os.getcwd()}{known}; {rule}"]
 
 
 def _slurm_task(environ: Mapping[str, str]) -> str:
@@ -243,7 +256,7 @@ def _wish(
         environment=passed.variables,
         nproc=0,
         master_addr="",
-        master_port=arguments.master_port or (ports.free_port() if free else DEFAULT_PORT),
+        master_port=arguments.master_port or (ports.free_port() if free else ports.DEFAULT_PORT),
         run_id="",
         terminals=(_terminal(sys.stdout.isatty()), _terminal(sys.stderr.isatty())),
     )

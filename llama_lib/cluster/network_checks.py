@@ -6,8 +6,7 @@ llama_lib.launch.network_problems or in gloo's and NCCL's own search.
 
 import ipaddress
 import statistics
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 from llama_lib.cluster.examination import Examined
 from llama_lib.cluster.problem import Job, Problem
@@ -45,8 +44,13 @@ def clock(each: Examined, job: Job) -> list[Problem]:
 
 
 def network(each: Examined, job: Job) -> list[Problem]:
-    if len(job.hosts) < 2:
-        return []
+    # Also a run on one host opens the interface that it is told to.
+    found = _meeting(each, job) if len(job.hosts) > 1 else []
+    return found + _wanted_interfaces(each, job)
+
+
+def _meeting(each: Examined, job: Job) -> list[Problem]:
+    """What keeps this host from the others."""
     name, first = each.host.name, job.hosts[0].host.name
     found = []
 
@@ -81,25 +85,50 @@ def network(each: Examined, job: Job) -> list[Problem]:
             + (f" ({towards['interface']} there)" if towards and not is_first else "")
             + f"; or give {own_name} its network address in /etc/hosts there",
         )
-    interfaces = each.facts.get("interfaces") or {}
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        wanted = job.environment.get(variable)
-        if wanted and not _interface_fits(wanted, interfaces, variable.startswith("NCCL")):
-            has = ", ".join(key for key, addresses in interfaces.items() if addresses)
-            what = f"{variable} is {wanted}, and no interface with an address fits; it has {has}"
-            add(f"no {wanted}", what, f"set {variable} to what all hosts have, or unset it")
     return found
 
 
-def _interface_fits(wanted: str, interfaces: Mapping[str, Any], is_nccl: bool) -> bool:
-    """gloo wants whole names; NCCL takes beginnings, whole names after =, exclusions after ^."""
-    names = [name for name, addresses in interfaces.items() if addresses]
-    if not is_nccl:
-        return any(name in wanted.split(",") for name in names)
-    excludes = wanted.startswith("^")
-    words = wanted.lstrip("^").lstrip("=").split(",")
-    whole = wanted.lstrip("^").startswith("=")
-    matches = [
+def _wanted_interfaces(each: Examined, job: Job) -> list[Problem]:
+    """Interfaces that the variables of the job name, and this host lacks."""
+    interfaces = each.facts.get("interfaces")
+    if interfaces is None:
+        return []
+    found = []
+    usable = [key for key, addresses in interfaces.items() if addresses]
+    for variable, missing_of in (
+        ("GLOO_SOCKET_IFNAME", _gloo_lacks),
+        ("NCCL_SOCKET_IFNAME", _nccl_lacks),
+    ):
+        value = job.environment.get(variable, "")
+        if not value or not (missing := missing_of(value, usable)):
+            continue
+        bare = [word for word in missing if word in interfaces]
+        kind = "no address on interface" if bare == missing else "no interface"
+        what = (
+            f"has {kind} {', '.join(missing)}; it has {', '.join(usable)} ({variable} is {value})"
+        )
+        mend = f"set {variable} to what all hosts have, or unset it"
+        found.append(Problem(each.host.name, "network", f"no {value}", what, mend))
+    return found
+
+
+def _gloo_lacks(value: str, names: Sequence[str]) -> list[str]:
+    """gloo opens every interface of the list, by its whole name."""
+    return [word for word in value.split(",") if word and word not in names]
+
+
+def _nccl_lacks(value: str, names: Sequence[str]) -> list[str]:
+    """NCCL takes what fits any word: beginnings, whole names after =, all others after ^.
+
+    Returns the words if nothing is left to take; a word may name a port, which is not looked at.
+    """
+    excludes = value.startswith("^")
+    rest = value.removeprefix("^")
+    whole = rest.startswith("=")
+    words = [word.split(":")[0] for word in rest.removeprefix("=").split(",") if word]
+    fits = [
         any(name == word if whole else name.startswith(word) for word in words) for name in names
     ]
-    return not all(matches) if excludes else any(matches)
+    if not all(fits) if excludes else any(fits):
+        return []
+    return [f"other than {', '.join(words)}"] if excludes else words

@@ -6,6 +6,9 @@ Invariant: a port is called free only if a server of this machine could listen o
 import errno
 import socket
 
+# torchrun's own.
+DEFAULT_PORT = 29500
+
 
 def free_port() -> int:
     with socket.socket() as probe:

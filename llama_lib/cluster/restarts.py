@@ -89,6 +89,8 @@ class Supervisor:
         # A save that failed after a signal ended otherwise than it was asked to.
         is_as_asked = outcome.asked and outcome.code > 128
         how = "ended as asked" if is_as_asked else f"{outcome.failure} first"
+        if is_as_asked and outcome.at_once:
+            how = "the ranks were ended at once, as asked, which saves nothing"
         self._output.say(f"{how}; exit code {outcome.code}")
 
     def _attempt(self, number: int, before: Outcome | None) -> Outcome:
@@ -170,7 +172,8 @@ class Supervisor:
         seen = ", ".join(f"{name} {count}" for name, count in gpus.items())
         raise UserError(
             f"--nproc_per_node is not given and does not follow from the GPUs of the hosts "
-            f"({seen}); pass the number of processes per host by --nproc_per_node."
+            f"({seen}); pass the number of processes per host by --nproc_per_node (to a "
+            "benchmark script: NPROC=)."
         )
 
     def _say_restart(self, names: list[str], plan: Plan, before: Outcome) -> None:

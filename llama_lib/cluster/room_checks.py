@@ -91,6 +91,8 @@ def disk(each: Examined, job: Job) -> list[Problem]:
         disk = disks.get(path)
         if disk is None:
             continue
+        if each.token_error and path == job.questions.save_dir:
+            continue  # Nothing can be written there: `save_dir` has said so, and why.
         if not disk["writable"]:
             what = f"{label} {path}: {disk['at']} cannot be written to"
             mend = "mend its rights or its mount, or choose another folder"

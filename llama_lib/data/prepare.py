@@ -28,7 +28,7 @@ from llama_lib.data.prepared import (
     check_tokenizer,
     is_prepared,
 )
-from llama_lib.data.sources import Source, resolve
+from llama_lib.data.sources import Source, is_on_hub, resolve
 from llama_lib.data.tokenizer import (
     DEFAULT_CACHE_DIR,
     adds_bos,
@@ -271,7 +271,10 @@ def _resolve_once(
 ) -> tuple[list[Source], list[Source]]:
     """Sources of both; one process downloads, those that waited for it take its answer."""
     key = json.dumps(["resolve", datasets, eval_data, os.getcwd(), entries_apart])
-    with once(cache_dir, key, "the download of the data") as turn:
+    work = "another process, which looks through the data"
+    if any(map(is_on_hub, [*datasets, *eval_data])):
+        work = "the download of the data"
+    with once(cache_dir, key, work) as turn:
         raise_failure(turn)
         if "sources" not in turn.before:
             with failure_reported(turn):

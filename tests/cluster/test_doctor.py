@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from llama_lib.cluster import doctor as program
+from llama_lib.cluster.speed_check import Speeds
 from tests.cluster import hosts
 from tests.cluster.hosts import Cluster
 from tests.cluster.launchers import ROOT, SEARCH_PATH, Outcome, free_port, run_here
@@ -338,11 +340,51 @@ def test_this_installation(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interface_that_is_not_here(tmp_path):
+    """Regression: on this host alone it said ok."""
+    command = ["python", "-m", "llama_lib", "doctor", "--no-speed", "-o", str(tmp_path / "out")]
+    outcome = run_here(
+        [*command, "--master_port", free_port()], tmp_path, GLOO_SOCKET_IFNAME="eth77"
+    )
+    assert outcome.code == 1, outcome.said
+    name = socket.gethostname()
+    assert faulty_cells(outcome) == {(name, "network"): "no eth77"}
+    assert re.search(rf"(?m)^{re.escape(name)}: has no interface eth77; it has lo\b", outcome.said)
+
+
+def test_a_save_dir_where_nothing_can_be_written(tmp_path):
+    """Regression: the room of /proc was a second problem of it."""
+    command = ["python", "-m", "llama_lib", "doctor", "--no-speed", "--save_dir", "/proc/runs"]
+    outcome = run_here([*command, "--master_port", free_port()], tmp_path)
+    assert outcome.code == 1, outcome.said
+    assert faulty_cells(outcome) == {(socket.gethostname(), "save_dir"): "cannot write"}
+
+
+@pytest.mark.parametrize("speed", [True, False])
+def test_the_measurement_is_announced(tmp_path, monkeypatch, capsys, speed):
+    """Regression: for up to 50 s nothing was said."""
+    begun = []
+
+    def measure(*_: Any) -> Speeds:
+        begun.append(capsys.readouterr().out)
+        return Speeds(["this"], 2)
+
+    monkeypatch.setattr(program, "measure", measure)
+    words = ["-o", str(tmp_path / "out"), "--master_port", free_port()]
+    program.main([*words, *([] if speed else ["--no-speed"])])
+    assert len(begun) == speed or len(begun) == 2 * speed, "with GPUs these are measured too"
+    line = "importing ColossalAI and measuring the speed of 1 host, at most "
+    assert line not in capsys.readouterr().out, "once, before it"
+    if speed:
+        assert begun[0].splitlines()[-1].startswith(line)
+
+
 @pytest.mark.full
 def test_this_installation_works(tmp_path):
     command = ["python", "-m", "llama_lib", "doctor", "-o", str(tmp_path / "out")]
     outcome = run_here([*command, "--master_port", free_port()], tmp_path)
     assert outcome.code == 0, outcome.said
+    assert "importing ColossalAI and measuring the speed of 1 host, at most 120 s" in outcome.said
     assert "ColossalAI with the host layer: imported; two processes met over gloo" in outcome.said
 
 

@@ -38,7 +38,7 @@ def test_the_sample_files_are_host_files():
 
 
 FAULTS = {
-    "worker-0 slots=8": "write worker-0 and pass --nproc_per_node 8",
+    "worker-0 slots=8": "--nproc_per_node 8 (to a benchmark script: NPROC=8)",
     "worker-0 slots = 4 max_slots=8": "write worker-0 and pass --nproc_per_node 4",
     "# the first rack": "delete it: ColossalAI's launcher takes a comment for a host",
     "#": "delete it",
@@ -86,5 +86,16 @@ def test_a_file_without_hosts(tmp_path, text):
 def test_what_is_no_text_file(tmp_path):
     assert "no such file" in refusal(tmp_path / "absent")[0]
     assert "not a file" in refusal(tmp_path)[0]
-    for data in (b"\xff\xfe\x00n", b"node1\0\n"):
+    for data in (b"\x80\x81\x00n", b"node1\0\n"):
         assert "not text" in refusal(written(tmp_path, data))[0]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"), [("utf-8-sig", "UTF-8"), ("utf-16", "UTF-16"), ("utf-16-be", "UTF-16")]
+)
+def test_a_byte_order_mark_is_named(tmp_path, encoding, name):
+    """Regression: it was said that the host name, which looks right, has other characters."""
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (problem,) = refusal(written(tmp_path, f"{mark}node1\nnode2\n".encode(encoding)))
+    assert f"begins with the byte order mark of {name}," in problem
+    assert "save it as UTF-8 without a byte order mark" in problem

@@ -1,5 +1,6 @@
 """The deadlines of one attempt, without processes: a host that answers as told."""
 
+import dataclasses
 import io
 import queue
 import signal
@@ -87,10 +88,19 @@ class Late(Signals):
             self._received.append(signal.SIGTERM)
 
 
-def run(link: Any, signals: Signals | None = None) -> tuple[Outcome, str]:
+def run(link: Any, signals: Signals | None = None, plan: Plan = PLAN) -> tuple[Outcome, str]:
     said = io.StringIO()
     output = Output(lambda _, text: said.write(text))
-    return Job(PLAN, [link], link.events, output, signals or Signals()).run(), said.getvalue()
+    return Job(plan, [link], link.events, output, signals or Signals()).run(), said.getvalue()
+
+
+@pytest.mark.parametrize(("attempt", "said"), [(0, 1), (1, 0)])
+def test_the_start_is_said_once(attempt, said):
+    """Regression: until the scripts had imported torch, half a minute passed without a word. Of a
+    restart there is a line already."""
+    plan = dataclasses.replace(PLAN, attempt=attempt)
+    _, text = run(Answering([(0.0, 0, 0), (0.0, 1, 0)]), plan=plan)
+    assert text == "launch: starting 2 process(es) on node1\n" * said
 
 
 def test_a_rank_that_was_waited_for_after_a_save_still_gets_its_time_to_end(monkeypatch):

@@ -226,6 +226,46 @@ def test_interfaces_that_are_asked_for(variable, value, fits):
     assert all(f"{variable} is {value}" in problem.what for problem in problems)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("variable", "value", "lacks"),
+    [
+        ("GLOO_SOCKET_IFNAME", "eth77", "no interface eth77"),
+        ("GLOO_SOCKET_IFNAME", "eth0,eth77", "no interface eth77"),
+        ("GLOO_SOCKET_IFNAME", "down0", "no address on interface down0"),
+        ("NCCL_SOCKET_IFNAME", "ib,eth77:2", "no interface ib, eth77"),
+        ("NCCL_SOCKET_IFNAME", "=eth", "no interface eth"),
+        ("NCCL_SOCKET_IFNAME", "^lo,eth", "no interface other than lo, eth"),
+    ],
+)
+def test_an_interface_that_is_not_there_is_named_on_one_host_and_on_many(
+    count, variable, value, lacks
+):
+    """Regression: on one host nothing was said, and the run ended in gloo's own words."""
+    hosts = [healthy(each) for each in "abc"[:count]]
+    job = job_of(hosts, environment={variable: value})
+    problems = [problem for each in hosts for problem in problems_of(each, job)]
+    assert [problem.check for problem in problems] == ["network"] * count
+    (line,) = problem_lines(problems)
+    names = ", ".join("abc"[:count])
+    assert line.startswith(f"{names}: has {lacks}; it has lo, eth0 ({variable} is {value}); set ")
+
+
+def test_of_a_save_dir_that_takes_nothing_the_room_is_not_a_second_fault():
+    """Regression: of --save_dir /proc/x also its 0.0 MiB of room were a problem."""
+
+    def refuse(each: Examined) -> None:
+        each.token_error = "FileNotFoundError: /save"
+        each.facts["disks"]["/save"].update(free=0, writable=False)
+        each.facts["disks"]["/cache"].update(free=0)
+
+    first, second = judged(refuse)
+    assert (first.check, second.check) == ("save_dir", "disk")
+    assert "nothing can be written in /save (FileNotFoundError" in first.what
+    assert "--cache_dir /cache has 0.0 MiB free" in second.what
+    assert "/save" not in second.what
+
+
 def test_a_host_that_does_not_answer():
     hosts = [healthy("a"), Examined(Host("b", is_local=False))]
     hosts[1].failure = HostError("b", "no way leads to it", "is the host up?")

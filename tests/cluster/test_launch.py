@@ -86,6 +86,12 @@ def wait_for_text(path: Path, pattern: str, seconds: float = 30.0) -> str:
     return path.read_text()
 
 
+def hear_signals() -> None:
+    """What is started in the background, or by nohup, inherits that these are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Started:
     """A launcher that runs; nothing of it is left after the `with` block."""
 
@@ -100,6 +106,7 @@ class Started:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                preexec_fn=hear_signals,
             )
 
     def __enter__(self) -> "Started":
@@ -269,8 +276,7 @@ def test_one_ctrl_c_of_a_terminal_asks_every_rank_once(tmp_path):
     command = [*LAUNCH, "--nproc_per_node", "2", "--restarts", "2", str(path), "3", "2"]
     pid, terminal = pty.fork()
     if pid == 0:
-        # Tests that are started in the background inherit that Ctrl-C is ignored.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        hear_signals()
         os.chdir(ROOT)
         os.execve(command[0], command, environment(MARK=str(tmp_path)))
     said = b""
@@ -332,6 +338,10 @@ def test_a_second_signal_ends_at_once(tmp_path):
         outcome = run.end(10)
         assert outcome.code == 137, outcome.said
         assert_nothing_left(tmp_path)
+    # Regression: it said `ended as asked`, as after a save.
+    last = outcome.said.splitlines()[-1]
+    expected = "the ranks were ended at once, as asked, which saves nothing; exit code 137"
+    assert last == f"launch: {expected}"
 
 
 def test_a_save_that_fails_after_a_signal_is_not_called_as_asked(tmp_path):

@@ -281,6 +281,7 @@ def pids_on(cluster: Cluster, host: int, word: str) -> list[int]:
     return sorted(found)
 
 
+@pytest.mark.full
 def test_a_cut_link_ends_the_job_everywhere(cluster, tmp_path):
     process = cluster.start(words(cluster, str(script(tmp_path, SLEEP))))
     wait_for_text(cluster.output(0), r"(?s)is \d+.*is \d+")
@@ -300,6 +301,7 @@ if not attempt:
 """
 
 
+@pytest.mark.full
 def test_a_spare_takes_the_place_of_a_dead_host(three_hosts, tmp_path):
     command = words(three_hosts, "--num_nodes", "2", "--restarts", "1")
     process = three_hosts.start([*command, str(script(tmp_path, ATTEMPTS))])

@@ -61,6 +61,32 @@ def test_wrong_options_are_said_before_anything_starts(tmp_path, monkeypatch):
     assert "ABSENT is not set here" in refusal("--pass", "ABSENT", "pretrain.py")
 
 
+def test_a_script_of_the_project_that_lies_elsewhere_is_shown(tmp_path, monkeypatch):
+    """Regression: from another folder nothing said which pretrain.py was meant."""
+    monkeypatch.chdir(tmp_path)
+    assert (
+        f"'pretrain.py' is no file in {tmp_path} (there is {ROOT / 'pretrain.py'}); the first word"
+        in refusal("pretrain.py", "-c", "tiny")
+    )
+    assert "there is" not in refusal("mine.py")
+
+
+@pytest.mark.parametrize("word", ["train.sh", "pretrain", "llama_lib"])
+def test_what_is_no_python_script_is_refused(tmp_path, monkeypatch, word):
+    """Regression: every rank gave it to Python, which ended each in a SyntaxError."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.sh").write_text("torchrun pretrain.py\n")
+    assert f"got '{word}', expected a Python script, named *.py" in refusal(word, "-c", "tiny")
+    assert UserError.exit_code == 2
+
+
+@pytest.mark.parametrize("count", ["-1", "x", "1.5"])
+def test_no_restarts_is_a_number_too(count):
+    """Regression: --restarts -1 was answered with `expected a number from 1`."""
+    said = refusal("--restarts", count, str(ROOT / "pretrain.py"))
+    assert f"--restarts: got '{count}', expected a number from 0" in said
+
+
 def only(hosts: Path) -> str:
     hosts.write_text("node1\n")
     return str(hosts)

@@ -449,6 +449,31 @@ def test_one_of_two_processes_prepares_and_the_other_waits(
     assert PreparedDataset.open(out).num_documents == 2
 
 
+@pytest.mark.parametrize(
+    ("dataset", "eval_data", "work"),
+    [
+        ("sample", [], "another process, which looks through the data"),
+        ("data/*.jsonl", ["a.jsonl"], "another process, which looks through the data"),
+        ("sample", ["organisation/name"], "the download of the data"),
+        ("organisation/name", [], "the download of the data"),
+    ],
+)
+def test_a_download_is_waited_for_only_where_there_is_one(
+    dataset, eval_data, work, tmp_path, monkeypatch
+) -> None:
+    """With -d sample the second process waited for `the download of the data`."""
+
+    class Asked(Exception):
+        pass
+
+    def asked(cache_dir: Path, key: str, work: str) -> None:
+        raise Asked(work)
+
+    monkeypatch.setattr(prepare_module, "once", asked)
+    with pytest.raises(Asked, match=f"^{work}$"):
+        prepare_module._resolve_once([dataset], eval_data, tmp_path, False)
+
+
 def test_processes_with_other_caches_and_options_take_turns(
     write_jsonl, tmp_path, tokenizer_path
 ) -> None:

@@ -114,9 +114,16 @@ def start(
         script: relative to the project's root.
         log: file for the output; its folder is the working directory.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
     launcher = () if processes == 1 else (*LAUNCHER, f"--nproc_per_node={processes}")
-    started = Started([*launcher, str(ROOT / script), *arguments], log)
+    with start_words([*launcher, str(ROOT / script), *arguments], log) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def start_words(words: Sequence[str], log: Path) -> Iterator[Started]:
+    """`python WORDS`, killed at the end of the block."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = Started(words, log)
     try:
         yield started
     finally:

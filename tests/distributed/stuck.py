@@ -14,7 +14,7 @@ from pathlib import Path
 from llama_lib import progress
 from llama_lib.cli import run_script
 from llama_lib.errors import RunError
-from llama_lib.watchdog import Watchdog, watched
+from llama_lib.watch.watchdog import Watchdog, watched
 
 STEPS = 20
 

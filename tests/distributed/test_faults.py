@@ -1,5 +1,6 @@
 """Signals, kills, full disks, damaged files: never a wrong load or a lost older checkpoint."""
 
+import json
 import os
 import re
 import shutil
@@ -7,14 +8,16 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from llama_lib.checkpoint.manifest import MANIFEST, step_directories
 from llama_lib.checkpoint.verify import checkpoint_problems
 from llama_lib.control import SAVE_AND_EXIT, SAVE_NOW
 from tests.distributed.conftest import Job
-from tests.distributed.launching import Outcome, run, start
+from tests.distributed.launching import ROOT, Outcome, run, start, start_words
 from tests.distributed.test_resume import Folder
 
 pytestmark = pytest.mark.distributed
@@ -64,6 +67,26 @@ def resume(folder: Folder, flags: list[str], load: str = "auto", steps: int = 2)
     return run(
         "pretrain.py", folder.arguments(*command, "--max_steps", str(last)), folder.log("resumed")
     )
+
+
+def test_a_killed_rank_is_one_message_of_the_others(flags: list[str], tmp_path: Path) -> None:
+    """Regression: the ranks that were left showed a traceback of gloo, 45 lines each."""
+    folder = Folder(tmp_path)
+    arguments = folder.arguments(*flags, "-b", "16", *ENDLESS)
+    # Not torchrun, which ends the others before they can speak.
+    launch = ["-m", "llama_lib", "launch", "--nproc_per_node", "2", str(ROOT / "pretrain.py")]
+    with start_words([*launch, *arguments], folder.log("run")) as started:
+        started.wait_until(lambda: len(folder.records) >= 2)
+        for process in psutil.Process(started.process.pid).children(recursive=True):
+            if process.environ().get("RANK") == "1":
+                process.kill()
+        outcome = started.wait()
+    assert outcome.code == 128 + signal.SIGKILL
+    assert outcome.output.count("the connection to another process broke") == 1
+    assert "rank 1 on this host was killed by SIGKILL" in outcome.output
+    assert "Traceback" not in outcome.output and "gloo/transport" not in outcome.output
+    log = (folder.save_dir / "logs" / "rank-00000.log").read_text()
+    assert "Traceback" in log, "what broke is in the log"
 
 
 def test_sigterm_saves_and_ends_with_143(stopped: tuple[Folder, Outcome]) -> None:
@@ -177,6 +200,39 @@ def test_save_and_exit(flags: list[str], tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.output
     assert newest_step(folder) == len(folder.records)
     assert not (folder.save_dir / SAVE_AND_EXIT).exists()
+
+
+def evaluations(folder: Folder) -> list[dict[str, Any]]:
+    lines = (folder.root / "tb" / "eval.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("plugin", ["gemini", "gemini_auto", "zero2"])
+def test_what_an_ended_run_did_not_measure_is_made_up_for(
+    plugin: str, flags: list[str], tmp_path: Path
+) -> None:
+    """Regression: eval.jsonl kept a hole at a step where a run had been asked to end."""
+    command = [*flags, "-p", plugin, "-b", "16", "-i", "1000"]
+    command += ["--eval_interval", "1", "--eval_steps", "1"]
+    straight, broken = Folder(tmp_path / "straight"), Folder(tmp_path / "broken")
+    first = run("pretrain.py", straight.arguments(*command, "--max_steps", "4"), straight.log("a"))
+    assert first.code == 0, first.output
+    arguments = broken.arguments(*command, "--max_steps", "4")
+    with start("pretrain.py", arguments, broken.log("a")) as started:
+        started.wait_until((broken.save_dir / "logs").exists)
+        (broken.save_dir / SAVE_AND_EXIT).touch()  # taken at the end of the first step
+        assert started.wait().code == 0
+    assert newest_step(broken) < 4
+    ended_at = newest_step(broken)
+    assert ended_at not in [record["step"] for record in evaluations(broken)]
+    again = run("pretrain.py", [*arguments, "--load", "auto"], broken.log("b"))
+    assert again.code == 0, again.output
+    expected = evaluations(straight)
+    if plugin == "gemini_auto":
+        expected = [record for record in expected if record["step"] != ended_at]
+        assert f"held-out loss at step {ended_at}: left out" in again.output
+    assert evaluations(broken) == expected
 
 
 @pytest.mark.full

@@ -85,6 +85,7 @@ def test_a_meeting_point_of_an_unknown_name(tmp_path: Path) -> None:
     assert "the name no-such-host.invalid is unknown here" in outcome.output
 
 
+@pytest.mark.full
 def test_a_process_that_does_not_connect_is_named(tmp_path: Path) -> None:
     """It came, and then stands still: the other waits for it in the first exchange."""
     arguments = [str(tmp_path), str(SECONDS), "1", "stops_early"]

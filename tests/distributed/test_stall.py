@@ -199,6 +199,7 @@ def wait_for(path: Path, seconds: float = 120) -> None:
 
 
 @needs_hosts
+@pytest.mark.full
 def test_a_cut_link_ends_both_sides(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
         both = on_two_hosts(cluster, tmp_path, "slowly")

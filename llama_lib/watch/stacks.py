@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from llama_lib import last_words, progress
-from llama_lib.roll_call import Member
+from llama_lib import progress
+from llama_lib.watch import last_words
+from llama_lib.watch.roll_call import Member
 
 FOLDER = "stacks"
-_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+_PACKAGE = str(Path(__file__).parents[2]) + os.sep
 
 
 def stack_file(folder: Path, rank: int) -> Path:

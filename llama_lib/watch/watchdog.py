@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llama_lib import progress, stacks
+from llama_lib import progress
 from llama_lib.errors import JobError, LlamaLibError
-from llama_lib.giving_up import STACK_SECONDS, Verdict, give_up
-from llama_lib.last_words import GRACE_SECONDS
-from llama_lib.pulse import CLOSED, LEFT, Pulse
-from llama_lib.roll_call import Crew, call_roll
+from llama_lib.watch import stacks
+from llama_lib.watch.giving_up import STACK_SECONDS, Verdict, give_up
+from llama_lib.watch.last_words import GRACE_SECONDS
+from llama_lib.watch.neighbour import GONE, RUNS, STOPPED, state_of
+from llama_lib.watch.pulse import CLOSED, LEFT, Pulse
+from llama_lib.watch.roll_call import Crew, call_roll
 
 # A host that says nothing for so long is gone, and so is a link. While data are prepared libraries
 # may hold Python's lock for minutes, and there is time.
@@ -35,6 +37,14 @@ _TICK_SECONDS = 1.0
 _LAST_RESORT_SECONDS = STACK_SECONDS + 2.0 - GRACE_SECONDS
 _POLL_SECONDS = 0.05
 _SAY_SECONDS = 60.0
+
+
+# Of a process 0 on this host that is silent.
+_IS_HOW = {
+    STOPPED: "is stopped (SIGSTOP)",
+    GONE: "has ended; its output says why",
+    RUNS: "is there but does not answer",
+}
 
 
 class Silence:
@@ -201,18 +211,29 @@ class Watchdog:
                 return Verdict(f"{self._nothing_done(self._patience())} (--stall_timeout)")
         return None
 
+    def _process_0(self) -> str:
+        return f"process 0 (pid {self.crew.members[0].pid}) on this host"
+
     def _lost(self, pulse: Pulse, passed: float) -> Verdict | None:
         """Whether the store, or all processes of a host, have not been heard of for too long."""
         limit, crew = self._lost_seconds, self.crew
         silent = self._contact.of(pulse.exchanges, passed)
         first = crew.members[0].host
         if pulse.is_broken and silent > min(limit, LEFT_SECONDS):
+            if state_of(crew, 0) == GONE:
+                return Verdict(f"{self._process_0()} has ended; its output says why", alone=True)
             return Verdict(
                 f"process 0 or its launcher on {first} has ended (the meeting point {crew.place} "
                 "is gone); the output there says why",
                 alone=True,
             )
         if silent > limit:
+            if is_how := _IS_HOW.get(state_of(crew, 0) or ""):
+                return Verdict(
+                    f"no contact with the meeting point {crew.place} for {limit:g} s: "
+                    f"{self._process_0()} {is_how}",
+                    alone=True,
+                )
             return Verdict(
                 f"no contact with {first} (the meeting point {crew.place}) for {limit:g} s: the "
                 "host is down or does nothing, or the link to it is cut",

@@ -15,17 +15,20 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
 import psutil
 
-from llama_lib import progress, stacks
+from llama_lib import progress
 from llama_lib.cli import report_to_torchrun
 from llama_lib.private import masked
-from llama_lib.pulse import CLOSED, ENDED, LEFT, SPOKEN, Beat, Pulse
-from llama_lib.roll_call import Crew, ranges
+from llama_lib.watch import stacks
+from llama_lib.watch.neighbour import process_of
+from llama_lib.watch.pulse import CLOSED, ENDED, LEFT, SPOKEN, Beat, Pulse
+from llama_lib.watch.report import Report, Verdict, without_stack
+from llama_lib.watch.roll_call import Crew
 
 logger = logging.getLogger("llama_lib")
 
@@ -41,26 +44,8 @@ _SILENT_SECONDS = 3.0
 # The one that has spoken ends first: launchers report the end that they see first.
 _LAST_SECONDS = 1.0
 _LINGER_SECONDS = 4.0
-_SHOWN_FILES = 4
 # Who said this says nothing more.
 FINISHED = (CLOSED, LEFT, ENDED, SPOKEN)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why a run ends.
-
-    `lost` are the ranks that cannot be asked; `alone`: nobody can; `start`: in connecting.
-    """
-
-    why: str
-    lost: list[int] = field(default_factory=list)
-    alone: bool = False
-    start: bool = False
-
-    @classmethod
-    def read(cls, text: str) -> Verdict:
-        return cls(**json.loads(text))
 
 
 def give_up(crew: Crew, pulse: Pulse | None, folder: Path | None, verdict: Verdict) -> NoReturn:
@@ -76,10 +61,10 @@ def give_up(crew: Crew, pulse: Pulse | None, folder: Path | None, verdict: Verdi
         folder = None
     if pulse is None:
         found = {0: Beat(0, progress.step(), ENDED, where)}
-        _speak(_Report(crew, folder, verdict, found, problem).lines())
+        _speak(Report(crew, folder, verdict, found, problem).lines())
     elif verdict.alone:
         found = {crew.rank: Beat(0, progress.step(), ENDED, where)}
-        _speak_for_host(crew, _Report(crew, folder, verdict, found, problem))
+        _speak_for_host(crew, Report(crew, folder, verdict, found, problem))
     else:
         _agree(crew, pulse, folder, verdict, where, problem)
     os._exit(1)
@@ -129,11 +114,11 @@ def _agree(
         if pulse.exchanges > before + 1 and not waited_for:
             break
         # The last resort writes a stack and says nothing more.
-        if not _without_stack(folder, waited_for):
+        if not without_stack(folder, waited_for):
             deadline = min(deadline, time.monotonic() + _LAST_SECONDS)
         stopped |= {rank for rank in waited_for if _goes_on(crew, rank)}
     found = {n: beat for n, beat in enumerate(pulse.beats) if beat.state in (ENDED, SPOKEN)}
-    report = _Report(crew, folder, verdict, found, problem, stopped)
+    report = Report(crew, folder, verdict, found, problem, stopped)
     if crew.rank not in found:  # the store has gone meanwhile
         found[crew.rank] = Beat(0, progress.step(), ENDED, where)
         _speak_for_host(crew, report)
@@ -142,7 +127,7 @@ def _agree(
         # Launchers end all processes when one has ended: the last resort of a process that cannot
         # write its stacks itself comes first.
         if folder is not None:
-            _until(lambda: not _without_stack(folder, waited_for), _LINGER_SECONDS)
+            _until(lambda: not without_stack(folder, waited_for), _LINGER_SECONDS)
         pulse.say(SPOKEN, where)
         heard = pulse.exchanges
         _until(lambda: pulse.exchanges > heard + 1 or pulse.is_broken, 1.0)
@@ -155,16 +140,9 @@ def _agree(
 
 def _goes_on(crew: Crew, rank: int) -> bool:
     """Let a process of this host that is stopped (SIGSTOP) go on, so that it can end in order."""
-    member = crew.members[rank]
-    if member.host != crew.me.host or rank == crew.rank:
-        return False
     try:
-        process = psutil.Process(member.pid)
-        if process.status() != psutil.STATUS_STOPPED:
-            return False
-        # Containers of one host may count processes anew.
-        facts = process.environ()
-        if facts.get("RANK") != str(rank) or facts.get("MASTER_PORT") != os.environ["MASTER_PORT"]:
+        process = process_of(crew, rank)
+        if process is None or process.status() != psutil.STATUS_STOPPED:
             return False
         process.send_signal(signal.SIGCONT)
     except (psutil.Error, OSError):
@@ -172,7 +150,7 @@ def _goes_on(crew: Crew, rank: int) -> bool:
     return True
 
 
-def _speak_for_host(crew: Crew, report: _Report) -> None:
+def _speak_for_host(crew: Crew, report: Report) -> None:
     """One process of each host speaks: those of others cannot be asked."""
     time.sleep(min(crew.me.local_rank * _TURN_SECONDS, _SILENT_SECONDS))
     with socket.socket(socket.AF_UNIX) as mark:
@@ -185,8 +163,8 @@ def _speak_for_host(crew: Crew, report: _Report) -> None:
         mine = crew.hosts(range(len(crew.members)))[crew.me.host]
         folder = report.folder
         if folder is not None:
-            _until(lambda: not _without_stack(folder, mine), _SILENT_SECONDS)
-            absent = _without_stack(folder, mine)
+            _until(lambda: not without_stack(folder, mine), _SILENT_SECONDS)
+            absent = without_stack(folder, mine)
             for rank in set(mine) - set(absent) - report.found.keys():
                 step = stacks.step_in(stacks.stack_file(folder, rank))
                 report.found[rank] = Beat(0, step, ENDED, "")
@@ -194,77 +172,10 @@ def _speak_for_host(crew: Crew, report: _Report) -> None:
         time.sleep(_SILENT_SECONDS)  # keeps the name until the others have tried
 
 
-def _without_stack(folder: Path | None, ranks: list[int]) -> list[int]:
-    """Those of whom there is no stack of these seconds."""
-    if folder is None:
-        return ranks
-    since = time.time() - 2 * END_SECONDS
-    return [rank for rank in ranks if not stacks.is_written(folder, rank, since)]
-
-
 def _until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
-
-
-def _at(step: int, where: str) -> str:
-    return f"after step {step}" + (f", in {where}" if where else "")
-
-
-@dataclass
-class _Report:
-    """The message, and what it is made of."""
-
-    crew: Crew
-    folder: Path | None
-    verdict: Verdict
-    found: dict[int, Beat]
-    problem: str | None
-    stopped: set[int] = field(default_factory=set)
-
-    def lines(self) -> list[str]:
-        verdict, crew = self.verdict, self.crew
-        lines = [f"watchdog: {verdict.why}. The run ends here."]
-        groups: dict[str, list[int]] = {}
-        for rank, beat in sorted(self.found.items()):
-            place = _at(beat.step, beat.words)
-            if rank in self.stopped:
-                place += ", where it was stopped (SIGSTOP) until now"
-            groups.setdefault(place, []).append(rank)
-        lines += [f"  {crew.named(ranks)}: {place}" for place, ranks in groups.items()]
-        absent = set(range(len(crew.members))) - self.found.keys() - set(verdict.lost)
-        if absent and not verdict.alone:
-            lines.append(
-                f"  {crew.named(absent)}: no answer: stopped, cut off, or a thread holds Python's "
-                "lock"
-            )
-        lines += self._files()
-        if verdict.start:
-            lines.append(
-                f"The way to {crew.place} is {crew.ways()}; if that is not the network that joins "
-                "the hosts, set GLOO_SOCKET_IFNAME (with GPUs also NCCL_SOCKET_IFNAME) to the "
-                "interface that is. NCCL_DEBUG=INFO shows what NCCL tries, and `python -m "
-                "llama_lib doctor --hostfile FILE` checks the hosts; if they are only slow, raise "
-                "--start_timeout."
-            )
-        elif len(groups) + bool(absent) > 1 and not verdict.alone and not verdict.lost:
-            lines.append("A process that is elsewhere than most is the one to look at first.")
-        if (self.folder or self.problem) and not verdict.start:
-            lines.append("The checkpoints are untouched: --load auto goes on from the newest.")
-        return lines
-
-    def _files(self) -> list[str]:
-        if self.problem is not None:
-            return [f"  no stacks: {self.problem}"]
-        if self.folder is None:
-            return []
-        absent = _without_stack(self.folder, list(range(len(self.crew.members))))
-        written = sorted(set(range(len(self.crew.members))) - set(absent))
-        names = [stacks.stack_file(self.folder, rank).name for rank in written]
-        shown = ", ".join(names) if len(names) <= _SHOWN_FILES else f"{names[0]} to {names[-1]}"
-        missing = f" (none of {ranges(absent)})" if absent else ""
-        return [f"  stacks of all threads in {self.folder}: {shown}{missing}"]
 
 
 def _log(lines: list[str]) -> None:

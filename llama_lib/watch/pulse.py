@@ -11,8 +11,8 @@ import threading
 from typing import NamedTuple
 
 from llama_lib import progress
-from llama_lib.meeting import open_store
-from llama_lib.roll_call import Crew
+from llama_lib.watch.meeting import open_store
+from llama_lib.watch.roll_call import Crew
 
 INTERVAL_SECONDS = 2.0
 # So many processes can beat at this interval without the one store noticing; more beat slower.

@@ -6,7 +6,7 @@ Invariant: a line per host, or per kind of host where there are many.
 import torch
 
 from llama_lib import coordination
-from llama_lib.roll_call import SHOWN_HOSTS, Crew, ranges, some
+from llama_lib.watch.roll_call import SHOWN_HOSTS, Crew, ranges, some
 
 
 def topology(crew: Crew, device: torch.device) -> list[str]:

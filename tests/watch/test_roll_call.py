@@ -5,11 +5,11 @@ import socket
 
 import pytest
 
-from llama_lib import meeting
 from llama_lib.errors import JobError, UserError
-from llama_lib.meeting import Place
-from llama_lib.roll_call import Crew, Member, absent_message, call_roll, ranges
-from llama_lib.topology import topology_lines
+from llama_lib.watch import meeting
+from llama_lib.watch.meeting import Place
+from llama_lib.watch.roll_call import Crew, Member, absent_message, call_roll, ranges
+from llama_lib.watch.topology import topology_lines
 
 PLACE = Place("node1", 29500)
 

@@ -1,18 +1,23 @@
 """What ends a run and what does not, on a clock of the test's own."""
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from llama_lib import giving_up, last_words, progress, stacks, watchdog
-from llama_lib.giving_up import Verdict
-from llama_lib.pulse import CLOSED, ENDED, LEFT, Beat
-from llama_lib.roll_call import Crew
-from llama_lib.watchdog import Silence, Watchdog
-from tests.test_roll_call import crew, member
+from llama_lib import progress
+from llama_lib.watch import giving_up, last_words, stacks, watchdog
+from llama_lib.watch.pulse import CLOSED, ENDED, LEFT, Beat
+from llama_lib.watch.report import Report, Verdict
+from llama_lib.watch.roll_call import Crew
+from llama_lib.watch.watchdog import Silence, Watchdog
+from tests.watch.test_roll_call import crew, member
 
 
 class FakePulse:
@@ -160,6 +165,62 @@ def test_a_store_that_is_gone(together):
     assert "process 0 or its launcher on node1 has ended" in verdict.why
 
 
+@pytest.fixture
+def process_0(together, monkeypatch):
+    """A living process 0 on the host of the watched rank 1."""
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    environment = {"RANK": "0", "MASTER_PORT": "29500"}
+    command = [sys.executable, "-ISc", "print(flush=True); import time; time.sleep(60)"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        members = [replace(member(0), pid=process.pid), *(member(rank) for rank in (1, 2, 3))]
+        together.crew = Crew(members, 1, together.crew.place)
+        yield process
+        process.kill()
+
+
+def test_a_stopped_process_0_of_this_host_is_said_to_be_stopped(together, process_0):
+    """The message blamed the host and the network, on the host itself."""
+    process_0.send_signal(signal.SIGSTOP)
+    os.waitpid(process_0.pid, os.WUNTRACED)
+    second, verdict = seconds_until_end(together, 100)
+    assert second == 61 and verdict.alone
+    assert verdict.why == (
+        "no contact with the meeting point node1:29500 for 60 s: process 0 (pid "
+        f"{process_0.pid}) on this host is stopped (SIGSTOP)"
+    )
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_process_0_of_this_host_that_ended_is_said_to_have_ended(together, process_0, is_broken):
+    process_0.kill()
+    process_0.wait()
+    together.pulse.is_broken = is_broken
+    second, verdict = seconds_until_end(together, 100)
+    assert second == (21 if is_broken else 61) and verdict.alone
+    ended = f"process 0 (pid {process_0.pid}) on this host has ended; its output says why"
+    assert verdict.why.endswith(ended)
+    assert "the host is down" not in verdict.why and "launcher" not in verdict.why
+
+
+def test_a_process_0_that_is_there_is_not_said_to_have_ended(together, process_0):
+    assert "on this host is there but does not answer" in seconds_until_end(together, 100)[1].why
+    together.pulse.is_broken = True  # the launcher had the store, and has gone
+    assert "process 0 or its launcher on node1 has ended" in together._judged(1.0).why
+
+
+def test_a_process_0_elsewhere_is_not_looked_for_here(together, process_0, monkeypatch):
+    """Neither on another host nor in another container of this one, where 100 may be anybody."""
+    first, pulse = together.crew.members[0], together.pulse
+    together._lost(pulse, 0.0)
+    for other in (replace(first, host="node9"), replace(first, numbers="pid:[7]")):
+        together.crew.members[0] = other
+        assert "the host is down" in together._lost(pulse, 61.0).why
+    monkeypatch.setenv("MASTER_PORT", "29501")  # its number belongs to a process of another run
+    together.crew.members[0] = first
+    assert "on this host has ended" in together._lost(pulse, 61.0).why
+
+
 def test_what_another_process_found_ends_this_one(together):
     together.pulse.verdict = '{"why": "node2 is gone", "lost": [2, 3]}'
     assert seconds_until_end(together, 1)[1] == Verdict("node2 is gone", [2, 3])
@@ -185,7 +246,7 @@ def test_a_start_has_a_deadline(together, tmp_path):
 
 
 def report(verdict: Verdict, found: dict[int, Beat], folder=None, stopped=frozenset()) -> str:
-    made = giving_up._Report(crew(4), folder, verdict, found, None, set(stopped))
+    made = Report(crew(4), folder, verdict, found, None, set(stopped))
     return "\n".join(made.lines())
 
 
@@ -220,7 +281,7 @@ def test_a_disk_that_hangs_does_not_silence_the_watchdog(tmp_path, monkeypatch, 
     problem = giving_up._write_down(crew(4), tmp_path, "nothing was done")
     assert problem == f"the disk of {tmp_path} does not answer"
     verdict, found = Verdict("nothing was done"), {0: Beat(1, 3, ENDED, "")}
-    giving_up._speak(giving_up._Report(crew(4), None, verdict, found, problem).lines())
+    giving_up._speak(Report(crew(4), None, verdict, found, problem).lines())
     answers.set()
     said = capfd.readouterr().err
     assert "watchdog: nothing was done. The run ends here." in said
@@ -267,7 +328,7 @@ def test_a_folder_that_cannot_be_written_to_is_said(tmp_path):
 
 def test_whereabouts_name_the_innermost_lines():
     assert "whereabouts" in stacks.whereabouts()
-    assert stacks.whereabouts().startswith("llama_lib/stacks.py:")
+    assert stacks.whereabouts().startswith("llama_lib/watch/stacks.py:")
 
 
 STUCK = ["Timeout (0:00:09)!", "Thread 1:", "  File x"]

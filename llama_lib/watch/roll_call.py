@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 
 from llama_lib.errors import JobError
-from llama_lib.meeting import REQUEST_SECONDS, Place, meeting_place, open_store, way_to
+from llama_lib.watch.meeting import REQUEST_SECONDS, Place, meeting_place, open_store, way_to
 
 _POLL_SECONDS = 0.05
 
@@ -30,7 +30,8 @@ class Member:
     """A process as it introduces itself.
 
     `interface` leads to the meeting point, with `address`; `chosen` are the interfaces that
-    NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name there.
+    NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name there. `numbers` tells which processes of a host
+    count alike: containers may begin anew.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class Member:
     interface: str
     address: str
     chosen: str
+    numbers: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,15 @@ def _introduction(rank: int, chosen: str, interface: str, address: str) -> Membe
         interface,
         address,
         chosen,
+        _numbers(),
     )
+
+
+def _numbers() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _present(store: dist.Store, world: int) -> list[Member]:

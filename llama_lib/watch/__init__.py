@@ -1,0 +1,1 @@
+"""Who takes part in a run, whether it gets on, and how it ends when it does not."""
