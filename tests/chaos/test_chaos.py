@@ -78,15 +78,20 @@ def test_every_difference_is_found() -> None:
 
 
 @pytest.mark.distributed
-def test_killed_ranks_of_one_host(data: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "moments", [(SAVE,), pytest.param((START, STEP, SAVE), marks=pytest.mark.full)]
+)
+def test_killed_ranks_of_one_host(
+    moments: tuple[str, ...], data: tuple[Path, Path], tmp_path: Path
+) -> None:
     """kill -9 of a rank during the start, in a step and in a save, under `launch` on this host."""
     work = Work(*data, Rhythm(steps=24, save_interval=6, eval_interval=5), ("-p", "gemini"))
     expected, usual = train_undisturbed(work, tmp_path / "undisturbed")
-    draws = rank_draws(random.Random(3), (START, STEP, SAVE))
+    draws = rank_draws(random.Random(3), moments)
     found = disturb_here(work, usual, draws, tmp_path / "disturbed")
     assert differences(expected, found) == []
     # A start that was over too soon is hit in its first steps, and another one is hit then.
-    assert {START, STEP, SAVE} <= {kill.moment for kill in found.kills}
+    assert set(moments) <= {kill.moment for kill in found.kills}
     assert len(found.kills) - len(draws) <= 1
     assert all(kill.target.startswith(RANK) for kill in found.kills)
     assert all(made_up_for(kill) for kill in found.kills)

@@ -311,7 +311,9 @@ def test_one_ctrl_c_of_a_terminal_asks_every_rank_once(tmp_path):
     assert_nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.full)]
+)
 def test_the_end_that_was_asked_for_is_awaited(tmp_path, number):
     """A terminal that is closed asks for the same; a pause would lose the job and is refused."""
     path = script(tmp_path, ASKED)

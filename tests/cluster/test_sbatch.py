@@ -77,6 +77,7 @@ def interrupted_and_continued(
     return outcome.said
 
 
+@pytest.mark.full
 def test_a_job_without_time_saves_goes_back_and_ends_as_if_nothing_had_been(
     tmp_path: Path, slurm: Slurm, cache_dir: Path
 ):

@@ -202,7 +202,7 @@ def test_a_signal_waits_for_what_is_under_way(flags: list[str], tmp_path: Path) 
     assert not list(folder.save_dir.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("async_save", [[], ["--async_save"]])
+@pytest.mark.parametrize("async_save", [[], pytest.param(["--async_save"], marks=pytest.mark.full)])
 def test_a_disk_without_room_is_found_after_the_first_step(
     async_save: list[str], flags: list[str], small_disk: Path, tmp_path: Path
 ) -> None:

@@ -204,12 +204,9 @@ def expected_rows(
 @pytest.mark.parametrize(
     ("plugin", "sizes"),
     [
-        pytest.param(plugin, sizes, marks=() if quick else pytest.mark.full)
-        for plugin, sizes, quick in [
-            ("zero2", (2, 1, 2), True),
-            *((plugin, (2, 1, 2), False) for plugin in PLUGINS if plugin != "zero2"),
-            *((plugin, (2, 4), False) for plugin in PLUGINS),
-        ]
+        pytest.param(plugin, sizes, marks=pytest.mark.full)
+        for sizes in ((2, 1, 2), (2, 4))
+        for plugin in PLUGINS
     ],
 )
 def test_another_number_of_processes_goes_on_with_the_next_unseen_row(

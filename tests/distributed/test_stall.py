@@ -90,6 +90,7 @@ def test_an_endless_loop_ends_the_run(tmp_path: Path) -> None:
     assert "in endless" in stack(tmp_path, 1)
 
 
+@pytest.mark.full
 def test_work_of_one_process_is_progress_for_all(tmp_path: Path) -> None:
     """One rank writes for twice the timeout, the other waits for it in an all-reduce."""
     outcome = stuck(tmp_path, 1, "works")
@@ -98,6 +99,7 @@ def test_work_of_one_process_is_progress_for_all(tmp_path: Path) -> None:
     assert not (tmp_path / "stacks").exists()
 
 
+@pytest.mark.full
 def test_a_thread_that_holds_pythons_lock_ends_a_single_process(tmp_path: Path) -> None:
     outcome = stuck(tmp_path, 0, "holds_the_lock", processes=1)
     assert outcome.code == -signal.SIGKILL, "nothing of its own can end it"
@@ -112,6 +114,7 @@ def test_a_thread_that_holds_pythons_lock_ends_a_single_process(tmp_path: Path) 
     assert said.count("stall: nothing got done for 5 s: a thread holds Python's lock") == 1
 
 
+@pytest.mark.full
 def test_a_run_that_was_suspended_goes_on(tmp_path: Path) -> None:
     """Ctrl-Z or `scontrol suspend` for longer than the timeout: time in which nothing could be
     done. faulthandler counted it, and ended the run when it was let go on."""
