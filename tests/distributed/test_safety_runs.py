@@ -31,6 +31,8 @@ SECRETS = {
 }
 IN_ADDRESS = "hunter2-in-a-url"
 ADDRESS = f"https://me:{IN_ADDRESS}@host.example/x"
+# Adapters train no embeddings: a template that needs no new tokens.
+LORA = "--lora_rank 4 --chat_template llama-2"
 
 
 @pytest.fixture
@@ -154,7 +156,7 @@ def test_a_traceback_shows_no_secret(secrets: list[bytes], tmp_path: Path) -> No
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("layout", ["", "--lora_rank 4", "--lora_rank 4 --merge_lora"])
+@pytest.mark.parametrize("layout", ["", LORA, f"{LORA} --merge_lora"])
 def test_fine_tuning_leaves_no_secret_and_is_resumed(
     layout: str,
     secrets: list[bytes],
@@ -163,7 +165,7 @@ def test_fine_tuning_leaves_no_secret_and_is_resumed(
 ) -> None:
     """A prompt holds an address with a password: it is asked as it is, and stored without."""
     folder = Folder(tmp_path)
-    prompts = ["--sample_prompts", f"what is at {ADDRESS} ?", "--sample_interval", "2"]
+    prompts = ["--sample_prompts", f"at http://me:{IN_ADDRESS}@h", "--sample_interval", "2"]
     common = [*chat_flags, *layout.split(), "-b", "4", "-p", "zero2", "-i", "2"]
     first = folder.arguments(*common, "--max_steps", "4", *prompts)
     outcome = run("finetune.py", first, folder.log("first"))
@@ -173,7 +175,7 @@ def test_fine_tuning_leaves_no_secret_and_is_resumed(
     assert outcome.code == 0, outcome.output
     assert "resumed " in outcome.output
     assert "--sample_prompts was" not in outcome.output, "it is the same one"
-    assert "https://me:***@host.example/x" in (folder.save_dir / "specs.yaml").read_text()
+    assert "at http://me:***@h" in (folder.save_dir / "specs.yaml").read_text()
     assert leaks(tmp_path, secrets) == []
 
 
