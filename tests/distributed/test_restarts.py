@@ -273,6 +273,7 @@ def test_tensor_parallel_halves_become_one_process_and_two_again(
     assert list(chain.from_iterable(taken)) == list(range(ROWS * LENGTH))
 
 
+@pytest.mark.full
 def test_a_changed_global_batch_is_said_in_one_line(flags: list[str], tmp_path: Path) -> None:
     """--batch_size is of one process: half of them make half the batch."""
     folder = Folder(tmp_path)

@@ -79,6 +79,7 @@ def test_a_stopped_process_ends_the_run(flags: list[str], tmp_path: Path) -> Non
     assert "2 processes on 1 host(s)" in outcome.output, "no topology"
 
 
+@pytest.mark.full
 def test_an_endless_loop_ends_the_run(tmp_path: Path) -> None:
     outcome = stuck(tmp_path, 1, "endless")
     assert outcome.code == 1
