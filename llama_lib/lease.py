@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from llama_lib.errors import RunError, UserError
+from llama_lib.progress import made
 
 FILE = "run.lock"
 RENEW_SECONDS = 5.0
@@ -155,6 +156,7 @@ def _holder(path: Path, me: Holder, say: Callable[[str], None]) -> Holder | None
         )
     while age < LEASE_SECONDS:
         time.sleep(_POLL_SECONDS)
+        made()  # the other processes wait for this one, and nobody is to call that a stall
         again, age = _renewed(path)
         if again != renewed:
             return _read(path)

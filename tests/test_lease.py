@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_lib import lease
+from llama_lib import lease, progress
 from llama_lib.errors import UserError
 from llama_lib.lease import FILE, Holder, leased
 
@@ -64,7 +64,9 @@ def test_a_process_that_only_has_the_same_number_is_another(tmp_path: Path, quic
 
 def test_a_lost_run_of_another_host_is_waited_for_and_taken_over(tmp_path: Path, quick: None):
     leave(tmp_path)
+    before = progress.count()
     (said,) = take(tmp_path)
+    assert progress.count() >= before + 5, "the watchdog would call the waiting a stall"
     assert "process 7 on node2" in said and "waiting up to 2 s" in said
 
 
